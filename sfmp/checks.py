@@ -46,6 +46,6 @@ def check_permutation(name: str, perm, size: int | None = None) -> np.ndarray:
         raise SfmpError(f"{name}: expected 1-D integer indices, found {perm.dtype} of shape {perm.shape}")
     size = len(perm) if size is None else size
     if len(perm) != size or not np.array_equal(np.sort(perm), np.arange(size)):
-        raise SfmpError(f"{name}: expected a permutation of 0..{size - 1}, found repeated, missing or foreign "
+        raise SfmpError(f"{name}: expected a permutation of 0..{size - 1}, found repeated or missing "
                         f"indices among {len(perm)} entries; recompute the plan")
     return perm.astype(np.int64)

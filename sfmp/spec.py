@@ -1,4 +1,4 @@
-"""What to do, and what was decided: QuantSpec, BlockGrid, MatrixPlan, Plan. Pure numpy; never imports torch."""
+"""What to do, and what was decided: QuantSpec, BlockGrid, MatrixPlan, Plan. Never imports torch."""
 
 import dataclasses
 import difflib
@@ -40,7 +40,8 @@ class QuantSpec:
     block_rows : int
         Output rows of a block; a block (block_rows x group_size) has one bit-width.
     levels : tuple of int or "auto"
-        Allowed bit-widths, increasing within 1..8; "auto" is {floor, ceil} of the code-bit budget (paper v1, Eq. 7).
+        Allowed bit-widths, increasing within 1..8; "auto" is {floor, ceil} of the code-bit budget (paper v1,
+        Eq. 7).
     reorder, method, scope, objective : str
         See `CHOICES`; DESIGN.md section 3.
     skip : tuple of str
@@ -82,7 +83,7 @@ class QuantSpec:
         put("bpw", float(self.bpw))
         put("group_size", integer("group_size", self.group_size, 1))
         if self.group_size % 32:
-            raise SfmpError(f"group_size: expected a multiple of 32 (planes are packed 32 columns to a word), "
+            raise SfmpError(f"group_size: expected a multiple of 32 (a word of a plane holds 32 columns), "
                             f"found {self.group_size}")
         put("block_rows", integer("block_rows", self.block_rows, 1))
         put("seed", integer("seed", self.seed, 0))
@@ -99,7 +100,7 @@ class QuantSpec:
     def _check_levels(self, put):
         if isinstance(self.levels, str):
             if self.levels != "auto":
-                raise SfmpError(f'levels: expected "auto" or increasing bit-widths, found {self.levels!r}')
+                raise SfmpError(f'levels: expected "auto" or a tuple of bit-widths, found {self.levels!r}')
             low, high = 1, MAX_BITS
         else:
             try:
@@ -178,7 +179,7 @@ class MatrixPlan:
 
 
 class Plan(Mapping):
-    """Bit-widths and permutations of every planned matrix: read-only mapping name -> MatrixPlan, by name.
+    """Bits and permutations of every planned matrix: a read-only mapping name -> MatrixPlan, by name.
 
     Raises
     ------
@@ -198,8 +199,8 @@ class Plan(Mapping):
         grid = BlockGrid(len(rows), len(cols), self.spec.block_rows, self.spec.group_size)
         bits = np.asarray(matrix.bits)
         if bits.shape != (grid.row_blocks, grid.groups):
-            raise SfmpError(f"plan[{name}].bits: expected shape {(grid.row_blocks, grid.groups)} for a matrix of "
-                            f"{len(rows)}x{len(cols)}, found {bits.shape}; is it for another model or spec?")
+            raise SfmpError(f"plan[{name}].bits: expected shape {(grid.row_blocks, grid.groups)} for a "
+                            f"{len(rows)}x{len(cols)} matrix, found {bits.shape}; is it for another model or spec?")
         if not np.isin(bits, self.spec.candidate_levels).all():
             raise SfmpError(f"plan[{name}].bits: expected levels {self.spec.candidate_levels}, "
                             f"found {sorted(set(np.unique(bits).tolist()))}")
@@ -238,7 +239,7 @@ class Plan(Mapping):
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of the spec, the permutations and the bit maps; the same for equal plans on every machine."""
+        """sha256 of the spec, the permutations and the bit maps: equal for equal plans on every machine."""
         digest = hashlib.sha256(json.dumps(self.spec.to_dict(), sort_keys=True).encode())
         for name, matrix in self.items():
             digest.update(json.dumps([name, *matrix.shape]).encode())
@@ -276,7 +277,7 @@ class Plan(Mapping):
                 meta = json.loads((file.metadata() or {}).get("sfmp_plan", "null"))
                 parts = {key: file.get_tensor(key) for key in file.keys()}
         except SafetensorError as error:
-            raise SfmpError(f"{path}: expected a file written by Plan.save, found a damaged one: {error}") from error
+            raise SfmpError(f"{path}: expected a file of Plan.save, found a damaged one: {error}") from error
         if meta is None or meta.get("format_version") != 1:
             raise SfmpError(f"{path}: expected a plan of format_version 1, found metadata {meta}")
         matrices = {}

@@ -1,0 +1,213 @@
+"""Budget to bits per block, without search: one Lagrange threshold over the blocks' lower convex hulls."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from sfmp.checks import SfmpError, is_skipped
+from sfmp.grid import BlockGrid
+from sfmp.reorder import apply, as_numpy, block_sums, permutations
+from sfmp.spec import MatrixPlan, Plan, QuantSpec
+
+
+def allocate(losses, weights, levels, budget_bits: int, tie_salience) -> np.ndarray:
+    """Choose one level per block so that the total loss is least within a budget of code bits.
+
+    Every block starts at the lowest level. The steps along each block's lower convex hull are sorted by loss removed
+    per bit, and the longest prefix that fits is taken: the optimum for the bits that it uses, less than one
+    step below the budget, never above. Zero-gain and harmful steps come last, and are taken while bits remain.
+
+    Parameters
+    ----------
+    losses : float64 [blocks, levels]
+        Loss of each block at each level.
+    weights : int64 [blocks]
+        Weights of each block; a level costs level * weights bits.
+    levels : sequence of int, increasing
+    budget_bits : int
+        Total code bits allowed.
+    tie_salience : float64 [blocks]
+        Among equally good steps, blocks of higher salience go first, then the earlier block.
+
+    Returns
+    -------
+    uint8 [blocks]
+
+    Raises
+    ------
+    SfmpError
+        If the shapes differ, a loss is not finite, or the lowest level alone exceeds the budget.
+
+    Notes
+    -----
+    O(blocks * levels * log) time. Source: METHOD.md 1.3 (closed form); avoids 1.12 #4.
+
+    Examples
+    --------
+    >>> allocate([[1.0, 0.2], [4.0, 1.0]], [8, 8], (2, 3), 40, [1.0, 4.0]).tolist()
+    [2, 3]
+    """
+    losses = np.asarray(losses, dtype=np.float64)
+    weights = np.asarray(weights, dtype=np.int64)
+    tie_salience = np.asarray(tie_salience, dtype=np.float64)
+    levels = np.asarray(levels, dtype=np.int64)
+    blocks = len(weights)
+    if losses.shape != (blocks, len(levels)) or tie_salience.shape != (blocks,):
+        raise SfmpError(f"losses: expected shape {(blocks, len(levels))} and tie_salience {(blocks,)}, "
+                        f"found {losses.shape} and {tie_salience.shape}")
+    if not np.isfinite(losses).all():
+        raise SfmpError(f"losses: expected finite numbers, found {losses[~np.isfinite(losses)][0]} in block "
+                        f"{int(np.argwhere(~np.isfinite(losses))[0, 0])}")
+    room = int(budget_bits) - int(levels[0] * weights.sum())
+    if room < 0:
+        raise SfmpError(f"budget: expected at least {int(levels[0] * weights.sum())} bits (every block at the lowest "
+                        f"level, {levels[0]}), found {budget_bits}; raise bpw or add a lower level")
+    if blocks == 0 or len(levels) == 1:
+        return np.full(blocks, levels[0], dtype=np.uint8)
+
+    slopes, gained = _hull_steps(losses, levels)
+    slopes = slopes / weights[:, None]
+    real = gained > 0
+    owner = np.nonzero(real)[0]  # block of each step, in block order and, inside a block, in level order
+    order = np.lexsort((-tie_salience[owner], -slopes[real]))  # stable: equal steps keep that order
+    cost = (gained * weights[:, None])[real][order]
+    taken = np.searchsorted(np.cumsum(cost), room, side="right")
+    chosen = np.zeros(len(owner), dtype=bool)
+    chosen[order[:taken]] = True
+    bits = levels[0] + np.bincount(owner[chosen], weights=gained[real][chosen], minlength=blocks)
+    return bits.astype(np.uint8)
+
+
+def _hull_steps(losses, levels):
+    """Walk every block's lower convex hull from the lowest level to the highest.
+
+    Returns slopes float64 (loss removed per bit and weight) and gained int64 (bits of the step, 0 past the end), both
+    [blocks, levels - 1]; slopes never increase along a row, so a sorted prefix always holds whole walks.
+    """
+    blocks, count = losses.shape
+    at, every = np.zeros(blocks, dtype=np.int64), np.arange(blocks)
+    slopes = np.full((blocks, count - 1), -np.inf)
+    gained = np.zeros((blocks, count - 1), dtype=np.int64)
+    for step in range(count - 1):
+        run = levels[None, :] - levels[at][:, None]
+        fall = losses[every, at][:, None] - losses
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rate = np.where(run > 0, fall / run, -np.inf)
+        best = rate.argmax(axis=1)  # the first of equals: collinear points stay on the walk
+        moving = at < count - 1
+        slopes[moving, step] = rate[every, best][moving]
+        gained[moving, step] = run[every, best][moving]
+        at = np.where(moving, best, at)
+    return np.minimum.accumulate(slopes, axis=1), gained
+
+
+def make_plan(salience: Mapping, spec: QuantSpec, model=None) -> Plan:
+    """Decide permutations and bit-widths of every matrix.
+
+    Parameters
+    ----------
+    salience : mapping name -> array or tensor [N, K], >= 0, natural order
+        Read one matrix at a time, so a lazily loading mapping keeps one in memory.
+    spec : QuantSpec
+        Its `skip` names are left out.
+    model : torch.nn.Module, optional
+        Needed by ``objective="measured"`` only; its module of each name holds the weight [N, K].
+
+    Returns
+    -------
+    Plan
+        In each scope, and in total, the bits used are at most the budget and less than one block's step below
+        it; bits that one scope could not use pass on to the next.
+
+    Raises
+    ------
+    SfmpError
+        If a salience matrix is not 2-D, negative or not finite, nothing is left to plan, or the model is missing or
+        does not match.
+
+    Notes
+    -----
+    Ties go by salience (descending), name, block index, so the order of the mapping has no effect.
+    Source: paper v1 Eq. 7; METHOD.md 1.3, 1.4; avoids 1.12 #2-#5.
+    """
+    if spec.objective == "measured" and model is None:
+        raise SfmpError('model: expected a model for objective="measured" (its weights are quantized at each level), '
+                        "found None; call make_plan(salience, spec, model)")
+    names = sorted(name for name in salience if not is_skipped(name, spec.skip))
+    if not names:
+        raise SfmpError(f"salience: expected at least one matrix outside skip={spec.skip}, found {list(salience)}")
+    permuted, grids, sums, losses = {}, {}, {}, {}
+    for name in names:
+        matrix = _checked(name, salience[name])
+        rows, cols = permutations(matrix, spec.reorder)
+        grid = BlockGrid(*matrix.shape, spec.block_rows, spec.group_size)
+        permuted[name], grids[name] = (rows, cols), grid
+        sums[name] = block_sums(matrix, rows, cols, grid).ravel()
+        losses[name] = _losses(name, matrix, rows, cols, grid, sums[name], spec, model)
+    bits, carried = {}, 0
+    for members in _scopes(names, spec.scope):
+        weights = np.concatenate([grids[name].weights.ravel() for name in members])
+        budget = spec.budget_bits(int(weights.sum())) + carried
+        chosen = allocate(np.concatenate([losses[name] for name in members]), weights, spec.candidate_levels,
+                          budget, np.concatenate([sums[name] for name in members]))
+        carried = budget - int((chosen * weights).sum())
+        ends = np.cumsum([grids[name].weights.size for name in members])[:-1]
+        bits.update(zip(members, np.split(chosen, ends), strict=True))
+    return Plan(spec, {name: MatrixPlan(*permuted[name], bits[name].reshape(grids[name].weights.shape))
+                       for name in names})
+
+
+def _checked(name, matrix):
+    matrix = as_numpy(matrix)
+    if matrix.ndim != 2 or matrix.size == 0:
+        raise SfmpError(f"salience[{name}]: expected a matrix [N, K], found shape {matrix.shape}")
+    low = matrix.min()
+    if not (low >= 0 and np.isfinite(matrix.max())):
+        raise SfmpError(f"salience[{name}]: expected finite numbers >= 0, found values from {low} to {matrix.max()}; "
+                        "compute the salience again with the model in float32 or bfloat16")
+    return matrix
+
+
+def _losses(name, matrix, rows, cols, grid, sums, spec, model):
+    """Loss of each block at each level, float64 [blocks, levels]."""
+    levels = spec.candidate_levels
+    if spec.objective == "paper":
+        # Same range for every block, so the error of b bits goes with the squared step, 1 / (2^b - 1)^2.
+        return sums[:, None] / (2.0 ** np.array(levels) - 1.0) ** 2
+    if len(levels) == 1:
+        return np.zeros((sums.size, 1))
+    import torch
+
+    from sfmp.quantize import dequantize, quantize
+
+    try:
+        weight = model.get_submodule(name).weight.detach().float().cpu()
+    except AttributeError as error:
+        raise SfmpError(f"model: expected a module {name!r} with a weight, as in the salience; {error}") from error
+    if tuple(weight.shape) != matrix.shape:
+        raise SfmpError(f"model: expected {name}.weight of shape {matrix.shape}, as in the salience, "
+                        f"found {tuple(weight.shape)}")
+    weight, importance = apply(weight, rows, cols), apply(matrix, rows, cols)
+    natural = np.arange(grid.out_features), np.arange(grid.in_features)
+    columns = []
+    for level in levels:
+        bits = torch.full((grid.row_blocks, grid.groups), level, dtype=torch.uint8)
+        rebuilt = dequantize(quantize(weight, bits, group_size=grid.group_size, block_rows=grid.block_rows))
+        error = as_numpy(weight - rebuilt).astype(np.float64)
+        columns.append(block_sums(importance * error**2, *natural, grid).ravel())
+    return np.stack(columns, axis=1)
+
+
+def _scopes(names, scope):
+    """Split sorted names into the lists that share a budget."""
+    if scope == "global":
+        return [names]
+    if scope == "matrix":
+        return [[name] for name in names]
+    layers = {}
+    for name in names:
+        parts = name.split(".")
+        first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        # A matrix outside the numbered layers shares its budget with the others of that kind.
+        layers.setdefault("" if first is None else ".".join(parts[: first + 1]), []).append(name)
+    return list(layers.values())

@@ -1,0 +1,127 @@
+"""Row and column permutations that gather the salient weights of a matrix in a corner, and sums over its blocks.
+
+Arrays may be numpy or torch tensors of any device; permutations are always numpy int64, block sums numpy float64.
+"""
+
+import numpy as np
+
+from sfmp.checks import SfmpError, check_permutation
+from sfmp.grid import BlockGrid
+from sfmp.spec import CHOICES
+
+_CHUNK = 1 << 22  # weights gathered at a time: bounds the temporary copy at 16 MiB
+
+
+def as_numpy(array) -> np.ndarray:
+    """Return `array` (numpy, or torch of any float dtype and device) as numpy, without a copy where possible."""
+    if isinstance(array, np.ndarray):
+        return array
+    tensor = array.detach().cpu()
+    return (tensor if str(tensor.dtype) in ("torch.float32", "torch.float64") else tensor.float()).numpy()
+
+
+def permutations(salience, reorder: str = "both") -> tuple[np.ndarray, np.ndarray]:
+    """Sort rows and columns by their total salience, highest first.
+
+    Parameters
+    ----------
+    salience : array or tensor [N, K], >= 0
+    reorder : {"both", "rows", "cols", "none"}
+
+    Returns
+    -------
+    row_perm, col_perm : int64 [N], int64 [K]
+        ``salience[row_perm][:, col_perm]`` is the ordered matrix; ties keep their index order, and an axis that is
+        not reordered has the identity.
+
+    Raises
+    ------
+    SfmpError
+        If `reorder` is unknown or `salience` is not a matrix.
+
+    Notes
+    -----
+    The sums are float64 and the sort is stable, so the result is the same on every machine; it is computed once
+    and stored in the plan. Source: METHOD.md 1.4; avoids 1.12 #3.
+
+    Examples
+    --------
+    >>> rows, cols = permutations(np.array([[0.0, 1.0], [2.0, 3.0]]))
+    >>> rows.tolist(), cols.tolist()
+    ([1, 0], [1, 0])
+    """
+    if reorder not in CHOICES["reorder"]:
+        raise SfmpError(f"reorder: expected one of {', '.join(CHOICES['reorder'])}, found {reorder!r}")
+    matrix = as_numpy(salience)
+    if matrix.ndim != 2:
+        raise SfmpError(f"salience: expected a matrix [N, K], found shape {matrix.shape}")
+
+    def order(axis, wanted):
+        if not wanted:
+            return np.arange(matrix.shape[1 - axis], dtype=np.int64)
+        return np.argsort(-matrix.sum(axis=axis, dtype=np.float64), kind="stable").astype(np.int64)
+
+    return order(1, reorder in ("both", "rows")), order(0, reorder in ("both", "cols"))
+
+
+def apply(matrix, row_perm: np.ndarray, col_perm: np.ndarray):
+    """Return ``matrix[row_perm][:, col_perm]`` as a new array or tensor of the same kind, dtype and device."""
+    rows = check_permutation("row_perm", row_perm, matrix.shape[0])
+    cols = check_permutation("col_perm", col_perm, matrix.shape[1])
+    if isinstance(matrix, np.ndarray):
+        return matrix[rows][:, cols]
+    import torch
+
+    device = matrix.device
+    return matrix[torch.from_numpy(rows).to(device)][:, torch.from_numpy(cols).to(device)]
+
+
+def invert(perm: np.ndarray) -> np.ndarray:
+    """Return the inverse permutation, int64: ``perm[invert(perm)]`` is 0, 1, 2, ...
+
+    Examples
+    --------
+    >>> invert(np.array([2, 0, 1])).tolist()
+    [1, 2, 0]
+    """
+    perm = check_permutation("perm", perm)
+    inverse = np.empty_like(perm)
+    inverse[perm] = np.arange(len(perm))
+    return inverse
+
+
+def block_sums(matrix, row_perm: np.ndarray, col_perm: np.ndarray, grid: BlockGrid) -> np.ndarray:
+    """Sum a matrix over the blocks of its permuted form.
+
+    Parameters
+    ----------
+    matrix : array or tensor [N, K], natural order
+    row_perm, col_perm : int64 [N], int64 [K]
+    grid : BlockGrid of N x K
+
+    Returns
+    -------
+    float64 [row_blocks, groups]
+
+    Notes
+    -----
+    Rows are gathered a few blocks at a time and columns are permuted after the sum over rows, so the permuted
+    matrix never exists. Source: METHOD.md 1.3; avoids 1.12 #2.
+    """
+    array = as_numpy(matrix)
+    if array.shape != (grid.out_features, grid.in_features):
+        raise SfmpError(f"matrix: expected shape {(grid.out_features, grid.in_features)}, found {array.shape}")
+    rows = check_permutation("row_perm", row_perm, grid.out_features)
+    cols = check_permutation("col_perm", col_perm, grid.in_features)
+    strips = np.empty((grid.row_blocks, grid.in_features))
+    step = max(1, _CHUNK // (grid.block_rows * grid.in_features))
+    for first in range(0, grid.row_blocks, step):
+        last = min(first + step, grid.row_blocks)
+        gathered = array[rows[first * grid.block_rows: last * grid.block_rows]]
+        if len(gathered) == (last - first) * grid.block_rows:
+            blocks = gathered.reshape(last - first, grid.block_rows, grid.in_features)
+            strips[first:last] = blocks.sum(axis=1, dtype=np.float64)
+        else:  # the last row block is short
+            starts = np.arange(0, len(gathered), grid.block_rows)
+            strips[first:last] = np.add.reduceat(gathered, starts, axis=0, dtype=np.float64)
+    return np.add.reduceat(strips[:, cols], np.arange(0, grid.in_features, grid.group_size), axis=1)
