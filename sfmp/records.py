@@ -1,0 +1,171 @@
+"""Measured numbers as one tidy frame: the design (``config/runs.tsv``) joined with the JSON file of every
+run.
+
+The only inputs are ``runs.tsv``, ``eval/*.json`` and ``quantized/*.json``; no clock is read here, so
+everything made
+from the frame is reproducible to the byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sfmp.spec import SfmpError
+
+FP = "fp16"  # the value of `method` that names the unquantized control row
+
+_TEXT_COLUMNS = [
+    "run",
+    "model",
+    "experiments",
+    "method",
+    "levels",
+    "reorder",
+    "scope",
+    "objective",
+    "salience",
+    "tasks",
+]
+
+
+def read_runs(path) -> pd.DataFrame:
+    """Read the experimental design, one row per run.
+
+    Parameters
+    ----------
+    path : path-like
+        Tab-separated file with the columns of ``config/runs.tsv``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Text columns as str, `bpw` as float64, in file order.
+
+    Raises
+    ------
+    SfmpError
+        If a needed column is missing or a run is listed twice.
+    """
+    frame = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, comment="#")
+    missing = [c for c in ("run", "method", "bpw", "experiments") if c not in frame]
+    if missing:
+        raise SfmpError(
+            f"{path}: columns {missing} are missing; found {list(frame.columns)}. Restore the header of "
+            f"runs.tsv."
+        )
+    twice = sorted(frame.run[frame.run.duplicated()])
+    if twice:
+        raise SfmpError(f"{path}: runs {twice} are listed twice; every run needs one name of its own.")
+    for column in frame.columns.difference(_TEXT_COLUMNS):
+        frame[column] = pd.to_numeric(frame[column].replace({"": None, "-": None}))
+    return frame
+
+
+def json_files(source) -> list[Path]:
+    """Flatten a path, folder, list or (nested) mapping of them into the sorted list of JSON files it names.
+
+    Manifests (``*.manifest.json``) and files of other types are left out.
+    """
+    if isinstance(source, Mapping):
+        source = list(source.values())
+    if isinstance(source, str | Path):
+        path = Path(source)
+        found = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        return [p for p in found if p.suffix == ".json" and not p.name.endswith(".manifest.json")]
+    return sorted({p for item in source for p in json_files(item)})
+
+
+def load_results(runs, *sources) -> pd.DataFrame:
+    """Join the design with what was measured.
+
+    Parameters
+    ----------
+    runs : pandas.DataFrame or path-like
+        The design (see :func:`read_runs`).
+    *sources : path-like, iterable or mapping of path-like
+        JSON files or folders of them: evaluations (key ``perplexity``) and records of quantization (key
+        ``bpw``).
+
+    Returns
+    -------
+    pandas.DataFrame
+        The rows of the design that were evaluated, in design order, with `perplexity`, `perplexity_ratio`
+        (over the fp
+        control of the same model), `acc`/`acc_norm` (unweighted mean over tasks, with `*_stderr`),
+        `retention` (acc over
+        the control's), `bpw_achieved`, `bpw_stored`, `wbits`, `model_bytes`, `manifest`.
+
+    Raises
+    ------
+    SfmpError
+        If a file cannot be read, names an unknown run, or two files disagree about one value of a run.
+    """
+    frame = runs.copy() if isinstance(runs, pd.DataFrame) else read_runs(runs)
+    known, measured = set(frame.run), {}
+    for path in json_files(list(sources)):
+        record = _read_record(path)
+        run = record["run"]
+        if run not in known:
+            raise SfmpError(
+                f"{path}: run {run!r} is not in the design; remove the stale file or add the run to runs.tsv."
+            )
+        row = measured.setdefault(run, {})
+        clash = [k for k in record if k in row and row[k] != record[k] and k != "manifest"]
+        if clash:
+            raise SfmpError(
+                f"{path}: {clash} of run {run!r} differ from another file's; delete the stale one and rerun."
+            )
+        row.update(record)
+    columns = pd.DataFrame.from_dict(measured, orient="index")
+    columns = columns.drop(columns=[c for c in frame.columns if c in columns], errors="ignore")
+    frame = frame.join(columns, on="run", how="left")
+    for column in (
+        "perplexity",
+        "acc",
+        "acc_stderr",
+        "acc_norm",
+        "acc_norm_stderr",
+        "bpw_achieved",
+        "bpw_stored",
+        "wbits",
+        "model_bytes",
+        "quantized_weights",
+    ):
+        frame[column] = pd.to_numeric(frame[column]) if column in frame else np.nan
+    frame = frame[frame.perplexity.notna()].reset_index(drop=True)
+    control = frame[frame.method == FP].drop_duplicates("model").set_index("model")
+    frame["perplexity_ratio"] = frame.perplexity / frame.model.map(control.perplexity)
+    frame["retention"] = frame.acc / frame.model.map(control.acc)
+    return frame
+
+
+def _read_record(path: Path) -> dict:
+    """One JSON file as a flat dict: task scores become `task.acc` keys and their means `acc`, `acc_norm`."""
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise SfmpError(
+            f"{path}: expected a JSON result, found {error}; delete it and rerun its rule."
+        ) from error
+    if not isinstance(raw, dict) or "run" not in raw:
+        raise SfmpError(f"{path}: expected a JSON object with the key 'run'; delete it and rerun its rule.")
+    tasks = raw.pop("tasks", None) or {}
+    record = {k: v for k, v in raw.items() if not isinstance(v, dict | list)}
+    if "perplexity" in record:
+        record["manifest"] = f"{path.name}.manifest.json"
+    elif "bpw" in record:
+        record["bpw_achieved"] = record.pop("bpw")
+    scores = pd.DataFrame.from_dict(tasks, orient="index")
+    for metric in ("acc", "acc_norm"):
+        if metric not in scores:
+            continue
+        record[metric] = float(scores[metric].mean())
+        record.update({f"{task}.{metric}": float(v) for task, v in scores[metric].items()})
+        if f"{metric}_stderr" in scores:  # tasks are disjoint items, so variances add
+            record[f"{metric}_stderr"] = float(np.sqrt((scores[f"{metric}_stderr"] ** 2).sum()) / len(scores))
+    return record

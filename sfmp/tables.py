@@ -1,0 +1,181 @@
+"""Tables of the paper's experiments from the tidy frame of :mod:`sfmp.records`; numbers are selected, never
+typed.
+
+Timings are read by :func:`cost_table` alone, so every other table is reproducible to the byte; numbers of
+the paper come
+from ``config/paper_values.tsv`` alone.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+
+from sfmp.records import FP, json_files
+from sfmp.spec import SfmpError
+
+#: what each ablation varies; every other column is held fixed by the design
+FACTORS = {
+    "reorder": ["reorder"],
+    "block": ["block_rows", "group_size"],
+    "group": ["group_size"],
+    "levels": ["levels"],
+    "salience": ["salience", "seed"],
+    "objective": ["objective"],
+}
+
+_MAIN = [
+    "run",
+    "model",
+    "method",
+    "objective",
+    "bpw",
+    "bpw_achieved",
+    "bpw_stored",
+    "wbits",
+    "group_size",
+    "block_rows",
+    "levels",
+    "reorder",
+    "salience",
+    "model_bytes",
+    "perplexity",
+    "perplexity_ratio",
+    "acc",
+    "acc_stderr",
+    "acc_norm",
+    "acc_norm_stderr",
+    "retention",
+]
+
+
+def select(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
+    """Rows of one experiment (a word of the comma list `experiments`), in design order."""
+    words = results.experiments.str.split(",").map(lambda ws: experiment in [w.strip() for w in ws])
+    return results[words].reset_index(drop=True)
+
+
+def main_table(results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
+    """Main comparison: every method at every budget, beside the paper's number where one exists for that
+    model.
+
+    Parameters
+    ----------
+    results : pandas.DataFrame
+        From :func:`load_results`.
+    paper : pandas.DataFrame
+        From :func:`read_paper_values`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Per run: settings, ours, `paper_perplexity`, `delta_perplexity`, `paper_acc`, `delta_acc` (NaN where
+        the paper has no
+        such row), task columns, `manifest`.
+
+    Source: experiment E1 of METHOD §4 (the paper's main table).
+    """
+    rows = select(results, "main")
+    tasks = sorted(c for c in rows.columns if c.endswith((".acc", ".acc_norm")))
+    table = rows.reindex(columns=[*_MAIN, *tasks, "manifest"])
+    for metric in ("perplexity", "acc"):
+        values = paper[paper.metric == metric].set_index(["model", "method", "bpw"]).value
+        keys = list(zip(table.model, table.method, table.bpw.map("{:g}".format), strict=True))
+        table[f"paper_{metric}"] = [values.get(key, np.nan) for key in keys]
+        table[f"delta_{metric}"] = table[metric] - table[f"paper_{metric}"]
+    return table.sort_values(["model", "method", "objective", "bpw", "run"], kind="stable", ignore_index=True)
+
+
+def ablation_table(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
+    """One ablation: what varied, at which budget, and the quality it gave.
+
+    Parameters
+    ----------
+    results : pandas.DataFrame
+        From :func:`load_results`.
+    experiment : str
+        A key of ``FACTORS``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        `run, model, method, bpw`, the factor's columns, `bpw_achieved, bpw_stored, perplexity,
+        perplexity_ratio, fp_perplexity,
+        manifest`, sorted by budget and factor.
+
+    Raises
+    ------
+    SfmpError
+        If `experiment` is unknown.
+    """
+    if experiment not in FACTORS:
+        raise SfmpError(f"experiment {experiment!r} is unknown; expected one of {sorted(FACTORS)}.")
+    rows = select(results, experiment)
+    rows = rows[rows.method != FP].copy()
+    rows["fp_perplexity"] = rows.perplexity / rows.perplexity_ratio
+    factors = FACTORS[experiment]
+    columns = [
+        "run",
+        "model",
+        "method",
+        "bpw",
+        *factors,
+        "bpw_achieved",
+        "bpw_stored",
+        "perplexity",
+        "perplexity_ratio",
+        "fp_perplexity",
+        "manifest",
+    ]
+    return rows.reindex(columns=columns).sort_values(
+        ["model", "bpw", *factors, "run"], kind="stable", ignore_index=True
+    )
+
+
+def cost_table(timings) -> pd.DataFrame:
+    """Wall time and peak memory per run. The only table that reads clocks, hence the only one that differs
+    between runs.
+
+    Parameters
+    ----------
+    timings : path-like, iterable or mapping of path-like
+        ``timing/**/*.json`` files; each is a flat object with the key ``run``.
+    """
+    rows = [json.loads(path.read_text()) for path in json_files(timings)]
+    frame = pd.DataFrame([{k: v for k, v in row.items() if not isinstance(v, dict | list)} for row in rows])
+    return frame if frame.empty else frame.sort_values("run", kind="stable", ignore_index=True)
+
+
+def read_paper_values(path) -> pd.DataFrame:
+    """Read ``paper_values.tsv``: `id, version, where, model, method, bpw, metric, value, unit, source`;
+    `value` is float64.
+    """
+    frame = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, comment="#")
+    if frame.id.duplicated().any():
+        raise SfmpError(
+            f"{path}: ids {sorted(frame.id[frame.id.duplicated()])} are listed twice; ids must be unique."
+        )
+    frame["value"] = frame.value.astype(float)
+    return frame
+
+
+def to_markdown(frame: pd.DataFrame, digits: int = 4) -> str:
+    """Render a frame as a GitHub table; floats rounded to `digits` significant digits, missing values as a
+    dash.
+
+    >>> print(to_markdown(pd.DataFrame({"run": ["a"], "perplexity": [3.14159], "paper": [float("nan")]})))
+    | run | perplexity | paper |
+    |---|---|---|
+    | a | 3.142 | – |
+    """
+
+    def cell(value):
+        if value is None or (isinstance(value, float) and np.isnan(value)):
+            return "–"
+        return f"{value:.{digits}g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+    lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + "---|" * frame.shape[1]]
+    lines += ["| " + " | ".join(map(cell, row)) + " |" for row in frame.itertuples(index=False)]
+    return "\n".join(lines)
