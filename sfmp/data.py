@@ -1,0 +1,189 @@
+"""Text to fixed token windows: the installed Python itself, a local file, or a data set of the Hugging Face hub.
+
+A *source* is one string: ``python:calibration`` or ``python:evaluation`` (:mod:`sfmp.corpus`), a path to a ``.txt`` file (one
+document) or a ``.jsonl`` file (one document a row, field ``text``), or ``hub:ID[:CONFIG]:SPLIT[@REVISION]``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sfmp import corpus
+from sfmp.spec import SfmpError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_text(source: str) -> list[str]:
+    """Read the documents of a source.
+
+    Parameters
+    ----------
+    source : str
+        See the module's first lines.
+
+    Returns
+    -------
+    list of str
+        Documents in a fixed order.
+
+    Raises
+    ------
+    SfmpError
+        If the source has an unknown form, is missing, or holds no text.
+    """
+    if source.startswith("python:"):
+        split = source.removeprefix("python:")
+        if split not in corpus.SPLITS:
+            raise SfmpError(f"data source {source!r}: expected python:calibration, python:evaluation or python:train; choose one")
+        documents = [doc.text for doc in corpus.stdlib_documents(split)]
+    elif source.startswith("hub:"):
+        documents = _hub_documents(source)
+    else:
+        documents = _file_documents(Path(source))
+    documents = [text for text in documents if text.strip()]
+    if not documents:
+        raise SfmpError(f"data source {source!r}: expected at least one document with text, found none; check the file or the split")
+    return documents
+
+
+def _file_documents(path: Path) -> list[str]:
+    if not path.is_file() or path.suffix not in (".txt", ".jsonl"):
+        raise SfmpError(
+            f"data source {str(path)!r}: expected python:SPLIT, hub:ID:SPLIT or an existing .txt or .jsonl file; check the name and the path"
+        )
+    if path.suffix == ".txt":
+        return [path.read_text("utf-8")]
+    documents = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            documents.append(json.loads(line)["text"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise SfmpError(f"{path}, line {number}: expected a JSON object with a field 'text', found {line[:60]!r}; mend it") from error
+    return documents
+
+
+def _hub_documents(source: str) -> list[str]:
+    from datasets import load_dataset
+
+    name, _, revision = source.removeprefix("hub:").partition("@")
+    parts = name.split(":")
+    if len(parts) not in (2, 3):
+        raise SfmpError(f"data source {source!r}: expected hub:ID:SPLIT or hub:ID:CONFIG:SPLIT, optionally @REVISION")
+    config = parts[1] if len(parts) == 3 else None
+    return list(load_dataset(parts[0], config, split=parts[-1], revision=revision or None)["text"])
+
+
+def calibration_windows(documents: list[str], tokenizer, n_windows: int, seqlen: int, seed: int = 0) -> torch.Tensor:
+    """Cut windows at random offsets of random documents that are long enough.
+
+    Parameters
+    ----------
+    documents : list of str
+    tokenizer : transformers tokenizer
+    n_windows, seqlen : int
+        Number and length (tokens) of the windows; a document may give several.
+    seed : int
+
+    Returns
+    -------
+    int64 tensor [n_windows, seqlen]
+
+    Raises
+    ------
+    SfmpError
+        If no document has ``seqlen`` tokens.
+
+    Notes
+    -----
+    Source: METHOD.md §1.2 (documents of at least seqlen tokens, one random window each).
+    """
+    import torch
+
+    ids = [np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in documents]
+    ids = [row for row in ids if len(row) >= seqlen]
+    if not ids:
+        raise SfmpError(
+            f"calibration text: expected a document of at least {seqlen} tokens, found none in {len(documents)}; give longer text or a smaller seqlen"
+        )
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(len(ids)) for _ in range(-(-n_windows // len(ids)))])[:n_windows]
+    starts = [int(rng.integers(0, len(ids[i]) - seqlen + 1)) for i in order]
+    return torch.from_numpy(np.stack([ids[i][s : s + seqlen] for i, s in zip(order, starts, strict=True)]).astype(np.int64))
+
+
+def evaluation_windows(documents: list[str], tokenizer, seqlen: int, separator: str = "\n\n") -> tuple[torch.Tensor, float]:
+    """Join all documents, tokenise once, and cut non-overlapping windows (the GPTQ protocol); the tail is dropped.
+
+    Parameters
+    ----------
+    documents : list of str
+    tokenizer : transformers tokenizer
+    seqlen : int
+    separator : str
+
+    Returns
+    -------
+    windows : int64 tensor [n, seqlen]
+    bytes_per_token : float
+        UTF-8 bytes of the text per token.
+
+    Raises
+    ------
+    SfmpError
+        If the text is shorter than one window.
+    """
+    import torch
+
+    text = separator.join(documents)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    count = len(ids) // seqlen
+    if count == 0:
+        raise SfmpError(f"evaluation text: expected at least {seqlen} tokens, found {len(ids)}; give longer text or a smaller seqlen")
+    return ids[: count * seqlen].view(count, seqlen), len(text.encode()) / len(ids)
+
+
+def fingerprint(windows: torch.Tensor) -> str:
+    """Return the sha256 (hex) of the token ids and their shape: two equal fingerprints are the same calibration data."""
+    array = np.ascontiguousarray(windows.cpu().numpy().astype("<i8"))
+    return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
+
+
+def save_windows(windows: torch.Tensor, path: str | Path, **meta: str | float) -> None:
+    """Write windows and their description to one safetensors file (temporary file, then rename)."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"fingerprint": fingerprint(windows), **{key: str(value) for key, value in meta.items()}}
+    save_file({"windows": windows.contiguous()}, path.with_suffix(".tmp"), metadata)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_windows(path: str | Path) -> tuple[torch.Tensor, dict[str, str]]:
+    """Read what :func:`save_windows` wrote.
+
+    Returns
+    -------
+    windows : int64 tensor [n, seqlen]
+    meta : dict of str to str
+
+    Raises
+    ------
+    SfmpError
+        If the fingerprint does not fit the content.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        windows, meta = file.get_tensor("windows"), file.metadata() or {}
+    if meta.get("fingerprint") != fingerprint(windows):
+        raise SfmpError(f"{path}: expected windows with fingerprint {meta.get('fingerprint')}, found {fingerprint(windows)}; make the file again")
+    return windows, meta
