@@ -8,6 +8,8 @@ resolved on first use::
 
 import importlib
 
+from sfmp import register as _register
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -39,3 +41,6 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted({*globals(), *__all__, *_SUBMODULES})
+
+
+_register.install()

@@ -1,0 +1,67 @@
+"""Matrix products with packed weights: one entry point, explicit backends, never a silent fallback.
+
+    y = matmul(x, packed)                      # the best backend that can run here
+    available()                                # backend → "yes: …" or "no: why"
+
+Importing this package loads neither torch nor numba.
+"""
+
+from __future__ import annotations
+
+__all__ = ["available", "matmul"]
+
+BACKENDS = ("cuda", "cpu", "reference")  # best first
+MODES = {"reference": ("exact", "lut"), "cpu": ("lut16", "lut8", "exact"), "cuda": ("lut", "mma")}
+_NOT_BUILT = "no: its kernels are not part of this version"
+
+
+def available() -> dict[str, str]:
+    """Return backend → "yes: what it is" or "no: why it cannot run here".
+
+    Examples
+    --------
+    >>> available()["reference"].startswith("yes")
+    True
+    """
+    return {"cuda": _NOT_BUILT, "cpu": _NOT_BUILT, "reference": "yes: dequantize, then multiply with torch; any device"}
+
+
+def matmul(x, packed, backend: str = "auto", mode: str | None = None):
+    """Return x Wᵀ + bias, in natural order on both sides.
+
+    Parameters
+    ----------
+    x : torch.Tensor or numpy.ndarray, floating [..., K]
+        On the device of `packed`.
+    packed : PackedMatrix or SFMPLinear
+    backend : {"auto", "reference", "cpu", "cuda"}
+        "auto" takes the first of cuda, cpu, reference that can run with these tensors.
+    mode : str or None
+        reference: "exact" (default) or "lut" (the NumPy oracle of `kernels_numba.reference`, slow);
+        cpu: "lut16", "lut8", "exact"; cuda: "lut", "mma".
+
+    Returns
+    -------
+    Same kind and dtype as x, [..., N].
+
+    Raises
+    ------
+    SfmpError
+        Unknown or unavailable backend or mode, wrong shape, dtype or device of x.
+    """
+    from sfmp.checks import SfmpError
+
+    packed = getattr(packed, "packed", packed)
+    if backend == "auto":
+        backend = next(name for name in BACKENDS if available()[name].startswith("yes"))
+    if backend not in BACKENDS:
+        raise SfmpError(f"backend: expected auto, {', '.join(BACKENDS)}, found {backend!r}; see available()")
+    if mode is not None and mode not in MODES[backend]:
+        raise SfmpError(f"mode: expected one of {', '.join(MODES[backend])} for backend {backend}, found {mode!r}; "
+                        "leave it None for the default")
+    if not available()[backend].startswith("yes"):
+        raise SfmpError(f"backend: expected one that can run here, found {backend} ({available()[backend]}); "
+                        "use backend='auto'")
+    from kernels_numba import reference
+
+    return reference.matmul(x, packed, mode or "exact")

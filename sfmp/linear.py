@@ -1,0 +1,122 @@
+"""SFMPLinear: a linear layer whose buffers are the stored tensors of one PackedMatrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sfmp.checks import SfmpError
+from sfmp.packed import TENSORS, PackedMatrix
+
+
+class SFMPLinear(nn.Module):
+    """Drop-in for ``nn.Linear`` on packed weights: y = x Wᵀ + bias, x and y in natural order.
+
+    x is [..., in_features] in float32, bfloat16, float16 or float64; y has the dtype of x. The buffers (`TENSORS`
+    and ``bias``) keep their stored dtypes whatever ``.to(dtype)`` asks, because alpha and beta are float16 by format;
+    only ``bias`` follows the model's dtype.
+
+    Attributes
+    ----------
+    backend, mode : what ``kernels_numba.matmul`` is asked for; "auto" and None by default
+    """
+
+    def __init__(self, packed: PackedMatrix):
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        self.group_size, self.block_rows = packed.group_size, packed.block_rows
+        self.backend, self.mode = "auto", None
+        for key in TENSORS:
+            self.register_buffer(key, getattr(packed, key))
+        self.register_buffer("bias", packed.bias)
+        self._cache = packed.cache
+
+    @classmethod
+    def from_packed(cls, packed: PackedMatrix) -> SFMPLinear:
+        """Return a layer that shares the tensors of `packed`."""
+        return cls(packed)
+
+    @classmethod
+    def empty(cls, out_features, in_features, *, group_size, block_rows, plane_words, bias=False, device=None,
+              dtype=None) -> SFMPLinear:
+        """Return a layer with unset buffers of the right dtypes and sizes, to be filled by a checkpoint loader.
+
+        Parameters
+        ----------
+        plane_words : int
+            Length of ``planes``, from the configuration.
+        device : "meta" allocates nothing
+        dtype : dtype of the bias; torch's default if None
+        """
+        from sfmp.checkpoint import layout
+
+        shapes = layout((out_features, in_features), group_size, block_rows, plane_words, bias)
+        empty = {key: torch.empty(shape, dtype=kind or dtype, device=device) for key, (kind, shape) in shapes.items()}
+        return cls(PackedMatrix(*(empty[key] for key in TENSORS), empty.get("bias"), (out_features, in_features),
+                                group_size, block_rows))
+
+    @property
+    def packed(self) -> PackedMatrix:
+        """The matrix, sharing the buffers and the cache of this layer."""
+        stored = (getattr(self, key) for key in TENSORS)
+        shape = (self.out_features, self.in_features)
+        return PackedMatrix(*stored, self.bias, shape, self.group_size, self.block_rows, self._cache)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from kernels_numba import matmul
+
+        return matmul(x, self.packed, backend=self.backend, mode=self.mode)
+
+    def extra_repr(self) -> str:
+        bpw = "" if self.planes.is_meta else f", bpw={self.packed.bpw:.3f}"
+        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+                f"group_size={self.group_size}, block_rows={self.block_rows}{bpw}")
+
+    def _apply(self, fn, recurse=True):
+        # .to(dtype), .half(), .type() must move the stored tensors but never change their numbers. Shown to fn as
+        # bytes, they are no floating tensors; if fn changes even those, only its device is taken.
+        stored = {key: self._buffers.pop(key) for key in TENSORS}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update({**stored, "bias": self._buffers.pop("bias")})
+        for key, tensor in stored.items():
+            moved = fn(tensor.view(torch.uint8))
+            self._buffers[key] = moved.view(tensor.dtype) if moved.dtype == torch.uint8 else tensor.to(moved.device)
+        self._cache = {}
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._cache = {}
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_cache": {}}  # copies and pickles rebuild what backends derived
+
+
+@contextmanager
+def keep_dequantized(model: nn.Module) -> Iterator[nn.Module]:
+    """Keep the dequantized float32 weight of every SFMPLinear in memory while inside; results do not change.
+
+    The reference backend then dequantizes each matrix once instead of at every call: for evaluation, where memory for
+    one float32 copy of the model is at hand.
+
+    Raises
+    ------
+    SfmpError
+        The model has no SFMPLinear.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SFMPLinear)]
+    if not layers:
+        raise SfmpError("model: expected at least one SFMPLinear, found none; quantize the model first")
+    try:
+        for layer in layers:
+            layer._cache["keep"] = True
+        yield model
+    finally:
+        for layer in layers:
+            for key in ("keep", "weight"):
+                layer._cache.pop(key, None)
