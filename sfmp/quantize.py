@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .spec import SfmpError
+from sfmp.spec import SfmpError
 
-# Zeros are recovered from the rounded beta.  With steps of at least max|w| / 512, |zero - (2**b - 1) / 2| stays below
-# 640, so the rounding of beta (relative 2**-11) stays under a third of a step and integer zeros come back exactly.
+# Zeros are recovered from the rounded beta.  With steps of at least max|w| / 512, |zero - (2**b - 1) / 2|
+# stays below 640, so the rounding of beta (relative 2**-11) stays under a third of a step and integer zeros
+# come back exactly.
 RELATIVE_FLOOR = 1.0 / 512.0
 # The smallest step whose half is still an fp16 number.
 SMALLEST_SCALE = 2.0**-23
@@ -55,7 +56,7 @@ class Quantized:
 
 
 def column_chunks(columns: int, group_size: int):
-    """Yield ``(column slice, group slice, groups, width)``: the whole groups, then the short last one if any."""
+    """Yield (column slice, group slice, groups, width): the whole groups, then the short last one if any."""
     whole, rest = divmod(columns, group_size)
     if whole:
         yield slice(0, whole * group_size), slice(0, whole), whole, group_size
@@ -94,8 +95,8 @@ def group_parameters(weight, bits, lower=None, upper=None):
 
     Notes
     -----
-    Source: METHOD.md 1.5.  Zeros are integers but not clamped to 0..2**b - 1, so a group without a sign change
-    keeps its whole range (defect 9 of METHOD 1.12); the floor of the step is relative (defect 10).
+    Source: METHOD.md 1.5.  Zeros are integers but not clamped to 0..2**b - 1, so a group without a sign
+    change keeps its whole range (defect 9 of METHOD 1.12); the floor of the step is relative (defect 10).
     """
     low = weight.amin(-1) if lower is None else lower
     high = weight.amax(-1) if upper is None else upper
@@ -117,7 +118,7 @@ def _storable(scales, magnitude):
     scales = 2.0 * (scales * 0.5).to(torch.float16).to(torch.float32)
     if bool((scales > torch.finfo(torch.float16).max).any()):
         raise SfmpError(
-            f"the range of a weight group is too wide for fp16: the largest weight is {float(magnitude.max()):.3g}, "
+            f"a weight group is too wide for fp16: its largest weight is {float(magnitude.max()):.3g}, "
             "expected steps below 65504; check the checkpoint, or rescale the layer before quantizing"
         )
     return scales
@@ -147,19 +148,19 @@ def stored_affine(scales, zeros, bits_per_group):
 
 def encode(weight, scales, zeros, bits):
     """Nearest code of each weight [..., width] on the stored grid, as float32 integers [..., width]."""
-    step, base, top = _grid(scales, zeros, bits)
+    step, base, top = stored_grid(scales, zeros, bits)
     codes = torch.round((weight - base[..., None]) / step[..., None])
     return torch.minimum(codes.clamp_min_(0.0), top[..., None])
 
 
 def decode(codes, scales, zeros, bits):
     """Weights of codes [..., width] on the stored grid, float32."""
-    step, base, _ = _grid(scales, zeros, bits)
+    step, base, _ = stored_grid(scales, zeros, bits)
     return torch.addcmul(base[..., None], codes, step[..., None])
 
 
-def _grid(scales, zeros, bits):
-    """Stored grid as (step, value of code 0, highest code), float32, one per group."""
+def stored_grid(scales, zeros, bits):
+    """Stored grid of each group, float32: step, value of code 0, highest code."""
     alpha, beta = stored_affine(scales, zeros, bits)
     top = torch.exp2(bits) - 1.0
     alpha = alpha.to(torch.float32)
@@ -207,7 +208,8 @@ def quantize(weight, bits, *, group_size, block_rows, lower=None, upper=None) ->
     if not bool(torch.isfinite(weight).all()):
         bad = int((~torch.isfinite(weight)).sum())
         raise SfmpError(
-            f"{bad} of {weight.numel()} weights are NaN or infinite; expected finite weights; repair the checkpoint"
+            f"{bad} of {weight.numel()} weights are NaN or infinite, expected finite ones; "
+            "repair the checkpoint"
         )
     if (lower is None) != (upper is None):
         raise SfmpError("clip range: expected both lower and upper or neither, found only one of them")
@@ -225,7 +227,7 @@ def quantize(weight, bits, *, group_size, block_rows, lower=None, upper=None) ->
 
 
 def dequantize(quantized: Quantized) -> torch.Tensor:
-    """Weights float32 [N, K] in permuted order, computed from the stored fp16 pair (see the module docstring)."""
+    """Weights float32 [N, K] in permuted order, computed from the stored fp16 pair (see the module)."""
     rows, columns = quantized.codes.shape
     per_row = row_bits(quantized.bits, rows, quantized.block_rows, quantized.codes.device)
     weight = torch.empty(rows, columns, dtype=torch.float32, device=quantized.codes.device)
@@ -241,13 +243,13 @@ def check_bits(bits, weight, group_size, block_rows) -> np.ndarray:
     if weight.ndim != 2:
         raise SfmpError(f"weight: expected a matrix [N, K], found shape {tuple(weight.shape)}")
     if group_size < 1 or block_rows < 1:
-        raise SfmpError(f"group_size and block_rows: expected at least 1, found {group_size} and {block_rows}")
+        raise SfmpError(f"group_size, block_rows: expected at least 1, found {group_size}, {block_rows}")
     bits = bits.detach().cpu().numpy() if isinstance(bits, torch.Tensor) else np.asarray(bits)
     expected = (-(-weight.shape[0] // block_rows), -(-weight.shape[1] // group_size))
     if bits.shape != expected:
         raise SfmpError(
-            f"bits: expected shape {expected} for a {tuple(weight.shape)} weight with block_rows={block_rows} "
-            f"and group_size={group_size}, found {bits.shape}; make the plan for this matrix and this spec"
+            f"bits: expected shape {expected} for a {tuple(weight.shape)} weight with block_rows="
+            f"{block_rows} and group_size={group_size}, found {bits.shape}; make the plan for this matrix"
         )
     if bits.size and not (1 <= bits.min() and bits.max() <= 8):
         raise SfmpError(f"bits: expected bit-widths within 1..8, found {int(bits.min())}..{int(bits.max())}")
