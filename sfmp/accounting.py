@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sfmp.spec import SfmpError
+from sfmp.checks import SfmpError
 
 _OVERHEAD = ("row_perm", "col_perm", "block_bits")
 
@@ -119,7 +119,10 @@ def quantization_record(folder, plan, run: str) -> dict:
     table = checkpoint_table(folder)
     weights = int(table.weights.sum())
     levels = plan.spec.candidate_levels
-    step = int(np.diff(levels).max()) if len(levels) > 1 else 0
+    # the paper's error model is convex, so a step is one level; a measured error can make a block jump
+    # several
+    jumps = np.diff(levels) if plan.spec.objective == "paper" else np.subtract(levels[-1:], levels[:1])
+    step = int(max(jumps, default=0))
     block = plan.spec.block_rows * plan.spec.group_size
     used = sorted({int(b) for matrix in plan.values() for b in np.unique(matrix.bits)})
     stored = table[["planes", "scales", "overhead"]].to_numpy().sum()

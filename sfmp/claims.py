@@ -1,24 +1,24 @@
-"""Claims ledger: small named rules that read result tables and return one of a closed list of verdicts.
+"""Claims ledger: every claim of the paper, judged on our tables by one of a closed list of verdicts.
 
-A claim is a row of ``config/claims.tsv``; its `rule` names a function of this file and its `args` (one JSON
-object) are
-that function's keyword arguments. Rules see tables only, never files, so a verdict cannot rest on anything
-that is not in
-a published CSV. A rule never raises because data are missing: the verdict says so.
+A claim is a row of ``config/claims.tsv``; its `rule` names a function of :mod:`sfmp.claim_rules` and its
+`args` (one JSON
+object) are that function's keyword arguments.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from sfmp.records import FP
-from sfmp.spec import SfmpError
+from sfmp.checks import SfmpError
+from sfmp.claim_rules import RULES, VERDICTS, control_first, outcome
 
-VERDICTS = ("replicated", "direction-only", "not-replicated", "not-run", "not-possible-here")
 COLUMNS = [
     "claim",
     "paper_version",
@@ -35,172 +35,6 @@ COLUMNS = [
     "gpu_needed",
     "time",
 ]
-
-
-def outcome(verdict: str, ours: str, reason: str = "") -> dict:
-    """One verdict; `reason` is put in brackets and is required for the two verdicts that mean "no
-    evidence".
-    """
-    if verdict not in VERDICTS:
-        raise SfmpError(f"verdict {verdict!r} is not in the closed list {VERDICTS}.")
-    if verdict in VERDICTS[3:]:
-        if not reason:
-            raise SfmpError(f"verdict {verdict!r} needs a reason.")
-        return {"ours": ours, "verdict": f"{verdict} ({reason})"}
-    return {"ours": ours, "verdict": verdict}
-
-
-def rows(frame: pd.DataFrame, where: Mapping) -> pd.DataFrame:
-    """Rows whose columns equal the values of `where`, compared as text (so 128 and "128" are the same
-    setting).
-    """
-    for column, value in where.items():
-        if column not in frame:
-            return frame.iloc[0:0]
-        frame = frame[frame[column].map(_text) == _text(value)]
-    return frame
-
-
-def _text(value) -> str:
-    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-
-
-def paired(frame: pd.DataFrame, left: Mapping, right: Mapping, metric: str) -> pd.DataFrame:
-    """Mean `metric` of two selections at every budget both have; columns `left`, `right`. Repeats are averaged.
-
-    Budgets are matched per model, and per method too unless the selections name the methods themselves.
-    """
-    keys = ["model", "bpw"] if "method" in left else ["model", "method", "bpw"]
-    if frame.empty:
-        return pd.DataFrame(columns=["left", "right"])
-    sides = [rows(frame, where).groupby(keys)[metric].mean() for where in (left, right)]
-    return pd.concat(sides, axis=1, keys=["left", "right"]).dropna()
-
-
-# ---- rules: (tables, **args) -> outcome
-# -------------------------------------------------------------------------------
-
-
-def not_worse(tables, *, table, better, worse, metric="perplexity", lower=True):
-    """Is `better` at least as good as `worse` at every common budget?
-
-    replicated: all budgets; direction-only: better on (geometric) average but not at every budget; else
-    not-replicated.
-    """
-    pairs = paired(tables.get(table, pd.DataFrame()), better, worse, metric)
-    if pairs.empty:
-        return outcome("not-run", "", f"no budget with both in {table}")
-    ratio = pairs.left / pairs.right if lower else pairs.right / pairs.left
-    wins, mean = int((ratio <= 1).sum()), float(np.exp(np.log(ratio).mean()))
-    verdict = "replicated" if wins == len(ratio) else "direction-only" if mean < 1 else "not-replicated"
-    return outcome(verdict, f"{wins}/{len(ratio)} comparisons; mean ratio {mean:.4f}, worst {ratio.max():.4f}")
-
-
-def monotone(tables, *, table, where, x="bpw", metric="perplexity", falling=True):
-    """Does `metric` fall (or rise) at every step of `x`? direction-only if only its ends do."""
-    frame = rows(tables.get(table, pd.DataFrame()), where)
-    if len(frame) < 2:
-        return outcome("not-run", "", f"fewer than two points in {table}")
-    curve = frame.groupby(x)[metric].mean().sort_index()
-    steps = np.diff(curve) * (-1 if falling else 1)
-    good, ends = int((steps > 0).sum()), (curve.iloc[-1] - curve.iloc[0]) * (-1 if falling else 1) > 0
-    verdict = "replicated" if good == len(steps) else "direction-only" if ends else "not-replicated"
-    return outcome(
-        verdict, f"{good}/{len(steps)} steps; {metric} {curve.iloc[0]:.4g} to {curve.iloc[-1]:.4g}"
-    )
-
-
-def non_monotone(tables, *, table, factor, metric="perplexity", where=None):
-    """Is the best value of `factor` inside its range, at every budget? direction-only if at some budgets
-    only.
-    """
-    frame = rows(tables.get(table, pd.DataFrame()), where or {})
-    found = []
-    for bpw, part in frame.groupby("bpw") if len(frame) else ():
-        curve = part.groupby(factor)[metric].mean().sort_index()
-        if len(curve) >= 3:
-            found.append((bpw, curve.idxmin(), curve.index[0] < curve.idxmin() < curve.index[-1]))
-    if not found:
-        return outcome("not-run", "", f"no budget with three values of {factor} in {table}")
-    inside = sum(ok for *_, ok in found)
-    verdict = "replicated" if inside == len(found) else "direction-only" if inside else "not-replicated"
-    best = ", ".join(f"{bpw:g} bpw: {value:g}" for bpw, value, _ in found)
-    return outcome(
-        verdict, f"optimum inside the range at {inside}/{len(found)} budgets; best {factor} at {best}"
-    )
-
-
-def budget_met(tables, *, table):
-    """Is |achieved - target| bpw at most one block's largest increment, for every mixed run?"""
-    frame = tables.get(table, pd.DataFrame())
-    needed = ["bpw", "bpw_achieved", "bpw_tolerance"]
-    if frame.empty or not set(needed) <= set(frame) or frame[needed].dropna().empty:
-        return outcome("not-run", "", f"{table} has no achieved budgets")
-    frame = frame.dropna(subset=needed)
-    gap = (frame.bpw_achieved - frame.bpw).abs()
-    good = int((gap <= frame.bpw_tolerance).sum())
-    verdict = "replicated" if good == len(frame) else "not-replicated"
-    return outcome(verdict, f"{good}/{len(frame)} runs; largest gap {gap.max():.2e} bpw")
-
-
-def control_first(tables, *, table, metric="perplexity"):
-    """Does the fp control beat every quantized run of its model? The gate of all other verdicts."""
-    frame = tables.get(table, pd.DataFrame())
-    if frame.empty or FP not in set(frame.method):
-        return outcome("not-run", "", f"no {FP} row in {table}")
-    control = frame[frame.method == FP].groupby("model")[metric].min()
-    others = frame[frame.method != FP]
-    good = int((others[metric] >= others.model.map(control)).sum())
-    verdict = "replicated" if good == len(others) else "not-replicated"
-    return outcome(verdict, f"{good}/{len(others)} quantized runs have {metric} >= the control's")
-
-
-def all_true(tables, *, table, column):
-    """Is every entry of a yes/no column true?"""
-    frame = tables.get(table, pd.DataFrame())
-    if frame.empty or column not in frame:
-        return outcome("not-run", "", f"{table} has no column {column}")
-    good = int(frame[column].astype(str).str.lower().eq("true").sum())
-    return outcome("replicated" if good == len(frame) else "not-replicated", f"{good}/{len(frame)} rows true")
-
-
-def within_seconds(tables, *, table, column, limit):
-    """Is every duration within `limit` seconds? The seconds stay in `table`: verdict files hold no clock
-    readings.
-    """
-    frame = tables.get(table, pd.DataFrame())
-    if frame.empty or column not in frame or frame[column].dropna().empty:
-        return outcome("not-run", "", f"{table} has no {column}")
-    values = frame[column].dropna()
-    if (values <= limit).all():
-        return outcome("replicated", f"all {len(values)} runs within {limit:g} s (see {table}.csv)")
-    return outcome("not-replicated", f"some of {len(values)} runs over {limit:g} s (see {table}.csv)")
-
-
-def not_run(tables, *, reason):
-    """A claim this tier does not test, with the reason."""
-    return outcome("not-run", "", reason)
-
-
-def not_possible_here(tables, *, reason):
-    """A claim that cannot be tested by anyone with this artifact, with the reason."""
-    return outcome("not-possible-here", "", reason)
-
-
-RULES = {
-    rule.__name__: rule
-    for rule in (
-        not_worse,
-        monotone,
-        non_monotone,
-        budget_met,
-        control_first,
-        all_true,
-        within_seconds,
-        not_run,
-        not_possible_here,
-    )
-}
 
 
 def read_claims(path) -> pd.DataFrame:
@@ -242,7 +76,23 @@ def _arguments(path, row) -> dict:
     return args
 
 
-def evaluate(claims, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def load_tables(paths, **more: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Read result tables (CSV files) by file stem; `more` adds frames that were computed on the spot."""
+    return {Path(path).stem: pd.read_csv(path) for path in paths} | more
+
+
+def allocation_speed(blocks: int = 1_000_000, seed: int = 0) -> pd.DataFrame:
+    """Time one allocation of `blocks` log-normal saliences to levels 2, 3, 4: columns `blocks`, `seconds`."""
+    from sfmp.allocate import allocate
+
+    salience = np.random.default_rng(seed).lognormal(sigma=2.0, size=blocks)
+    losses = salience[:, None] / (2.0 ** np.array([2, 3, 4]) - 1) ** 2
+    began = time.perf_counter()
+    allocate(losses, np.ones(blocks, dtype=np.int64), (2, 3, 4), int(2.75 * blocks), salience)
+    return pd.DataFrame({"blocks": [blocks], "seconds": [time.perf_counter() - began]})
+
+
+def evaluate(claims, tables: Mapping[str, pd.DataFrame], paper: pd.DataFrame) -> pd.DataFrame:
     """Judge every claim.
 
     Parameters
@@ -251,6 +101,9 @@ def evaluate(claims, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         ``config/claims.tsv``.
     tables : mapping of str to pandas.DataFrame
         Tables by file stem, as ``{"e1_main": ..., "e3_reorder": ...}``.
+    paper : pandas.DataFrame
+        From :func:`sfmp.tables.read_paper_values`; words ``paper:<id>`` of `expected` are replaced by its
+        numbers.
 
     Returns
     -------
@@ -266,6 +119,7 @@ def evaluate(claims, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     own row.
     """
     ledger, judged = read_claims(claims), []
+    ledger["expected"] = [_resolve(text, paper) for text in ledger.expected]
     gate = control_first(tables, table="e1_main")["verdict"].startswith("not-run")
     for row in ledger.itertuples():
         free = row.rule in ("not_run", "not_possible_here")
@@ -275,6 +129,18 @@ def evaluate(claims, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         )
         judged.append({**result, "manifest": f"{args['table']}.csv.manifest.json" if "table" in args else ""})
     return pd.concat([ledger, pd.DataFrame(judged, columns=["ours", "verdict", "manifest"])], axis=1)
+
+
+def _resolve(text: str, paper: pd.DataFrame) -> str:
+    def number(match):
+        found = paper[paper.id == match[1]]
+        if found.empty:
+            raise SfmpError(
+                f"claims: expected value {match[0]!r} is not in paper_values.tsv; add it or correct its id."
+            )
+        return f"{found.value.iloc[0]:g} {found.unit.iloc[0]}"
+
+    return re.sub(r"paper:(\S+)", number, text)
 
 
 def summary(judged: pd.DataFrame) -> pd.DataFrame:

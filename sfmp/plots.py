@@ -17,8 +17,8 @@ import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from sfmp.checks import SfmpError
 from sfmp.records import FP
-from sfmp.spec import SfmpError
 
 COLUMN, PAGE = 3.3, 6.8  # inches: one and two columns of a paper
 STYLE = {

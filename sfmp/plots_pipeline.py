@@ -13,8 +13,9 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.ticker import FixedLocator
 
 from sfmp import reorder
+from sfmp.checks import SfmpError
+from sfmp.grid import BlockGrid
 from sfmp.plots import BIT_COLOURS, COLUMN, PAGE, needs, styled
-from sfmp.spec import BlockGrid, SfmpError
 
 _SALIENCE_MAP = "viridis"
 

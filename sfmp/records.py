@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sfmp.spec import SfmpError
+from sfmp.checks import SfmpError
 
 FP = "fp16"  # the value of `method` that names the unquantized control row
 

@@ -8,13 +8,11 @@ from ``config/paper_values.tsv`` alone.
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pandas as pd
 
-from sfmp.records import FP, json_files
-from sfmp.spec import SfmpError
+from sfmp.checks import SfmpError
+from sfmp.records import FP
 
 #: what each ablation varies; every other column is held fixed by the design
 FACTORS = {
@@ -33,6 +31,7 @@ _MAIN = [
     "objective",
     "bpw",
     "bpw_achieved",
+    "bpw_tolerance",
     "bpw_stored",
     "wbits",
     "group_size",
@@ -80,9 +79,17 @@ def main_table(results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
     rows = select(results, "main")
     tasks = sorted(c for c in rows.columns if c.endswith((".acc", ".acc_norm")))
     table = rows.reindex(columns=[*_MAIN, *tasks, "manifest"])
+    paper = paper.assign(value=paper.value.where(paper.unit != "%", paper.value / 100))
     for metric in ("perplexity", "acc"):
         values = paper[paper.metric == metric].set_index(["model", "method", "bpw"]).value
-        keys = list(zip(table.model, table.method, table.bpw.map("{:g}".format), strict=True))
+        keys = list(
+            zip(
+                table.model,
+                table.method,
+                table.bpw.map(lambda b: "-" if np.isnan(b) else f"{b:g}"),
+                strict=True,
+            )
+        )
         table[f"paper_{metric}"] = [values.get(key, np.nan) for key in keys]
         table[f"delta_{metric}"] = table[metric] - table[f"paper_{metric}"]
     return table.sort_values(["model", "method", "objective", "bpw", "run"], kind="stable", ignore_index=True)
@@ -134,22 +141,8 @@ def ablation_table(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
     )
 
 
-def cost_table(timings) -> pd.DataFrame:
-    """Wall time and peak memory per run. The only table that reads clocks, hence the only one that differs
-    between runs.
-
-    Parameters
-    ----------
-    timings : path-like, iterable or mapping of path-like
-        ``timing/**/*.json`` files; each is a flat object with the key ``run``.
-    """
-    rows = [json.loads(path.read_text()) for path in json_files(timings)]
-    frame = pd.DataFrame([{k: v for k, v in row.items() if not isinstance(v, dict | list)} for row in rows])
-    return frame if frame.empty else frame.sort_values("run", kind="stable", ignore_index=True)
-
-
 def read_paper_values(path) -> pd.DataFrame:
-    """Read ``paper_values.tsv``: `id, version, where, model, method, bpw, metric, value, unit, source`;
+    """Read ``paper_values.tsv``: `id, version, where, model, method, bpw, metric, value, unit, source, note`;
     `value` is float64.
     """
     frame = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, comment="#")
