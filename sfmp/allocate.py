@@ -13,9 +13,9 @@ from sfmp.spec import MatrixPlan, Plan, QuantSpec
 def allocate(losses, weights, levels, budget_bits: int, tie_salience) -> np.ndarray:
     """Choose one level per block so that the total loss is least within a budget of code bits.
 
-    Every block starts at the lowest level. The steps along each block's lower convex hull are sorted by loss removed
-    per bit, and the longest prefix that fits is taken: the optimum for the bits that it uses, less than one
-    step below the budget, never above. Zero-gain and harmful steps come last, and are taken while bits remain.
+    Every block starts at the lowest level. The steps along each block's lower convex hull are sorted by loss
+    removed per bit, and the longest prefix that fits is taken: the optimum for the bits that it uses, less
+    than one step below the budget, never above. Harmful steps come last, and are taken while bits remain.
 
     Parameters
     ----------
@@ -60,8 +60,8 @@ def allocate(losses, weights, levels, budget_bits: int, tie_salience) -> np.ndar
                         f"{int(np.argwhere(~np.isfinite(losses))[0, 0])}")
     room = int(budget_bits) - int(levels[0] * weights.sum())
     if room < 0:
-        raise SfmpError(f"budget: expected at least {int(levels[0] * weights.sum())} bits (every block at the lowest "
-                        f"level, {levels[0]}), found {budget_bits}; raise bpw or add a lower level")
+        raise SfmpError(f"budget: expected at least {int(levels[0] * weights.sum())} bits (every block at "
+                        f"{levels[0]}), found {budget_bits}; raise bpw or add a lower level")
     if blocks == 0 or len(levels) == 1:
         return np.full(blocks, levels[0], dtype=np.uint8)
 
@@ -81,8 +81,8 @@ def allocate(losses, weights, levels, budget_bits: int, tie_salience) -> np.ndar
 def _hull_steps(losses, levels):
     """Walk every block's lower convex hull from the lowest level to the highest.
 
-    Returns slopes float64 (loss removed per bit and weight) and gained int64 (bits of the step, 0 past the end), both
-    [blocks, levels - 1]; slopes never increase along a row, so a sorted prefix always holds whole walks.
+    Returns slopes float64 (loss removed per bit of every weight) and gained int64 (bits of the step, 0 past
+    the end), both [blocks, levels - 1]; slopes never increase in a row, so a sorted prefix holds whole walks.
     """
     blocks, count = losses.shape
     at, every = np.zeros(blocks, dtype=np.int64), np.arange(blocks)
@@ -122,8 +122,8 @@ def make_plan(salience: Mapping, spec: QuantSpec, model=None) -> Plan:
     Raises
     ------
     SfmpError
-        If a salience matrix is not 2-D, negative or not finite, nothing is left to plan, or the model is missing or
-        does not match.
+        If a salience matrix is not 2-D, negative or not finite, nothing is left to plan, or the model is
+        missing or does not match.
 
     Notes
     -----
@@ -131,11 +131,11 @@ def make_plan(salience: Mapping, spec: QuantSpec, model=None) -> Plan:
     Source: paper v1 Eq. 7; METHOD.md 1.3, 1.4; avoids 1.12 #2-#5.
     """
     if spec.objective == "measured" and model is None:
-        raise SfmpError('model: expected a model for objective="measured" (its weights are quantized at each level), '
+        raise SfmpError('model: expected a model, as objective="measured" quantizes its weights; '
                         "found None; call make_plan(salience, spec, model)")
     names = sorted(name for name in salience if not is_skipped(name, spec.skip))
     if not names:
-        raise SfmpError(f"salience: expected at least one matrix outside skip={spec.skip}, found {list(salience)}")
+        raise SfmpError(f"salience: expected a matrix that skip={spec.skip} keeps, found {list(salience)}")
     permuted, grids, sums, losses = {}, {}, {}, {}
     for name in names:
         matrix = _checked(name, salience[name])
@@ -163,7 +163,7 @@ def _checked(name, matrix):
         raise SfmpError(f"salience[{name}]: expected a matrix [N, K], found shape {matrix.shape}")
     low = matrix.min()
     if not (low >= 0 and np.isfinite(matrix.max())):
-        raise SfmpError(f"salience[{name}]: expected finite numbers >= 0, found values from {low} to {matrix.max()}; "
+        raise SfmpError(f"salience[{name}]: expected finite numbers >= 0, found {low} to {matrix.max()}; "
                         "compute the salience again with the model in float32 or bfloat16")
     return matrix
 
@@ -183,7 +183,7 @@ def _losses(name, matrix, rows, cols, grid, sums, spec, model):
     try:
         weight = model.get_submodule(name).weight.detach().float().cpu()
     except AttributeError as error:
-        raise SfmpError(f"model: expected a module {name!r} with a weight, as in the salience; {error}") from error
+        raise SfmpError(f"model: expected the module {name!r} of the salience; {error}") from error
     if tuple(weight.shape) != matrix.shape:
         raise SfmpError(f"model: expected {name}.weight of shape {matrix.shape}, as in the salience, "
                         f"found {tuple(weight.shape)}")

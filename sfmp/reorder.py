@@ -1,6 +1,6 @@
-"""Row and column permutations that gather the salient weights of a matrix in a corner, and sums over its blocks.
+"""Row and column permutations that gather the salient weights of a matrix in a corner; sums over blocks.
 
-Arrays may be numpy or torch tensors of any device; permutations are always numpy int64, block sums numpy float64.
+Matrices may be numpy arrays or torch tensors of any device; permutations are numpy int64, sums numpy float64.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ _CHUNK = 1 << 22  # weights gathered at a time: bounds the temporary copy at 16 
 
 
 def as_numpy(array) -> np.ndarray:
-    """Return `array` (numpy, or torch of any float dtype and device) as numpy, without a copy where possible."""
+    """Return `array` (numpy, or torch of any float dtype and device) as numpy, not copied where possible."""
     if isinstance(array, np.ndarray):
         return array
     tensor = array.detach().cpu()
@@ -31,8 +31,8 @@ def permutations(salience, reorder: str = "both") -> tuple[np.ndarray, np.ndarra
     Returns
     -------
     row_perm, col_perm : int64 [N], int64 [K]
-        ``salience[row_perm][:, col_perm]`` is the ordered matrix; ties keep their index order, and an axis that is
-        not reordered has the identity.
+        ``salience[row_perm][:, col_perm]`` is the ordered matrix; ties keep their order, an axis that is not
+        reordered has the identity.
 
     Raises
     ------
@@ -41,8 +41,8 @@ def permutations(salience, reorder: str = "both") -> tuple[np.ndarray, np.ndarra
 
     Notes
     -----
-    The sums are float64 and the sort is stable, so the result is the same on every machine; it is computed once
-    and stored in the plan. Source: METHOD.md 1.4; avoids 1.12 #3.
+    The sums are float64 and the sort is stable, so the result is the same on every machine; it is computed
+    once and stored in the plan. Source: METHOD.md 1.4; avoids 1.12 #3.
 
     Examples
     --------
@@ -65,7 +65,7 @@ def permutations(salience, reorder: str = "both") -> tuple[np.ndarray, np.ndarra
 
 
 def apply(matrix, row_perm: np.ndarray, col_perm: np.ndarray):
-    """Return ``matrix[row_perm][:, col_perm]`` as a new array or tensor of the same kind, dtype and device."""
+    """Return ``matrix[row_perm][:, col_perm]`` as a new array or tensor, same dtype and device."""
     rows = check_permutation("row_perm", row_perm, matrix.shape[0])
     cols = check_permutation("col_perm", col_perm, matrix.shape[1])
     if isinstance(matrix, np.ndarray):
@@ -110,7 +110,7 @@ def block_sums(matrix, row_perm: np.ndarray, col_perm: np.ndarray, grid: BlockGr
     """
     array = as_numpy(matrix)
     if array.shape != (grid.out_features, grid.in_features):
-        raise SfmpError(f"matrix: expected shape {(grid.out_features, grid.in_features)}, found {array.shape}")
+        raise SfmpError(f"matrix: expected {grid.out_features} x {grid.in_features}, found {array.shape}")
     rows = check_permutation("row_perm", row_perm, grid.out_features)
     cols = check_permutation("col_perm", col_perm, grid.in_features)
     strips = np.empty((grid.row_blocks, grid.in_features))

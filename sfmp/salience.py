@@ -1,4 +1,4 @@
-"""How much the loss depends on each weight: empirical Fisher, streamed in fp32, and simpler sources to compare with."""
+"""How much the loss depends on each weight: empirical Fisher, streamed in fp32; simpler sources."""
 
 import contextlib
 import json
@@ -20,7 +20,8 @@ def linear_modules(model: nn.Module, skip: Iterable[str] = ("lm_head",)) -> dict
 
     A module reachable by several names appears once, under the first. Raises SfmpError if none is left.
     """
-    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not is_skipped(name, skip)}
+    found = {name: module for name, module in model.named_modules()
+             if isinstance(module, nn.Linear) and not is_skipped(name, skip)}
     if not found:
         raise SfmpError(f"model: expected at least one nn.Linear outside skip={tuple(skip)}, "
                         f"found none in {type(model).__name__}")
@@ -28,8 +29,8 @@ def linear_modules(model: nn.Module, skip: Iterable[str] = ("lm_head",)) -> dict
 
 
 def causal_lm_loss(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
-    """Return the mean next-token cross-entropy of one window, int64 [seqlen], as the model itself computes it."""
-    window = window.to(next(model.parameters()).device)[None]
+    """Return the mean next-token cross-entropy of one window, integers [seqlen], as the model computes it."""
+    window = window.to(next(model.parameters()).device, torch.int64)[None]
     loss = getattr(model(input_ids=window, labels=window), "loss", None)
     if loss is None:
         raise SfmpError(f"model: expected {type(model).__name__} to return .loss for labels, found none; "
@@ -39,12 +40,12 @@ def causal_lm_loss(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
 
 def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_head",), progress: bool = False,
                     loss_fn: LossFn | None = None) -> dict[str, torch.Tensor]:
-    """Sum squared per-sample gradients of every linear weight: the diagonal of the empirical Fisher information.
+    """Sum squared per-sample gradients of every linear weight: the diagonal of the empirical Fisher matrix.
 
     Parameters
     ----------
     model : nn.Module
-        Any module tree, on any device, in float32 or bfloat16. Left as found: gradient flags, gradients, modes.
+        Any module tree and device, float32 or bfloat16. Left as found: gradient flags, gradients, modes.
     windows : int64 tensor [n, seqlen], or any iterable of samples that `loss_fn` understands
         One backward pass each (batch 1), so gradients are squared per sample.
     skip : names of linear layers to leave out, full or last component
@@ -61,21 +62,22 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
     Raises
     ------
     SfmpError
-        If there is no linear layer or no sample, a loss is not a finite scalar or depends on no linear weight, or a
-        salience is not finite (named).
+        If there is no linear layer or no sample, a loss is not a finite scalar or depends on no linear
+        weight, or a salience is not finite (named).
 
     Notes
     -----
-    Peak memory is the model, the activations of one sample, one gradient and the fp32 accumulators: each gradient is
-    squared and freed by a hook as soon as it is made. Squares and sums are fp32 whatever the model's dtype.
+    Peak memory is the model, the activations of one sample, one gradient and the fp32 accumulators: a hook
+    squares and frees each gradient as soon as it is made. Squares and sums are fp32 whatever the dtype.
     Source: METHOD.md 1.2; avoids 1.12 #1.
     """
     layers, loss_fn = linear_modules(model, skip), loss_fn or causal_lm_loss
     weights = {name: layer.weight for name, layer in layers.items()}
     for name, weight in weights.items():
         if not weight.is_floating_point():
-            raise SfmpError(f"{name}.weight: expected floating point, found {weight.dtype}; is it already quantized?")
-    sums = {weight: torch.zeros_like(weight, dtype=torch.float32, requires_grad=False) for weight in weights.values()}
+            raise SfmpError(f"{name}.weight: expected floating point, found {weight.dtype}; is it quantized?")
+    sums = {weight: torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
+            for weight in weights.values()}
     reached = set()
 
     def consume(weight):
@@ -106,15 +108,16 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
 
 
 def magnitude_salience(model: nn.Module, *, skip: Iterable[str] = ("lm_head",)) -> dict[str, torch.Tensor]:
-    """Return |W| of every linear layer, float32 [N, K]: a source that needs no data. Source: METHOD.md section 4, A1."""
-    return _finished({name: layer.weight.detach().float().abs() for name, layer in linear_modules(model, skip).items()})
+    """Return |W| of every linear layer, float32 [N, K]; needs no data. Source: METHOD.md section 4, A1."""
+    return _finished({name: layer.weight.detach().float().abs()
+                      for name, layer in linear_modules(model, skip).items()})
 
 
-def activation_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_head",), progress: bool = False,
-                        forward: Callable | None = None) -> dict[str, torch.Tensor]:
+def activation_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_head",),
+                        progress: bool = False, forward: Callable | None = None) -> dict[str, torch.Tensor]:
     """Return |W| times the root mean square of its input column, float32 [N, K]: forward passes only.
 
-    `windows` as in `fisher_salience`; `forward` (model, sample) defaults to token ids for a causal language model.
+    `windows` as in `fisher_salience`; `forward` (model, sample) defaults to feeding token ids.
     Source: METHOD.md section 4, A1.
     """
     layers, forward = linear_modules(model, skip), forward or _forward_tokens
@@ -133,13 +136,14 @@ def activation_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm
             forward(model, window)
     unseen = [name for name, layer in layers.items() if not tokens[layer]]
     if unseen:
-        raise SfmpError(f"{unseen[0]}: expected inputs from the windows, found none; pass more windows or skip it")
+        raise SfmpError(f"{unseen[0]}: expected inputs, found none in these windows; use more or skip it")
     return _finished({name: layer.weight.detach().float().abs().cpu()
                       * (squares[layer] / tokens[layer]).sqrt().float() for name, layer in layers.items()})
 
 
-def random_salience(model: nn.Module, seed: int = 0, *, skip: Iterable[str] = ("lm_head",)) -> dict[str, torch.Tensor]:
-    """Return uniform random numbers in [0, 1), float32 [N, K], a function of the seed and the layer's name only.
+def random_salience(model: nn.Module, seed: int = 0, *,
+                    skip: Iterable[str] = ("lm_head",)) -> dict[str, torch.Tensor]:
+    """Return uniform random numbers in [0, 1), float32 [N, K], a function of seed, layer name and shape only.
 
     The control of the ablation: an allocation that knows nothing. Source: METHOD.md section 4, A1.
     """
@@ -150,17 +154,17 @@ def random_salience(model: nn.Module, seed: int = 0, *, skip: Iterable[str] = ("
     return result
 
 
-# Every source under one signature: (model, windows=None, *, seed=0, skip=...) -> salience.
+# Every source under one signature, (model, windows, seed=0, **options): a run picks its source by name.
 SALIENCE_SOURCES: dict[str, Callable] = {
-    "fisher": lambda model, windows, *, seed=0, **options: fisher_salience(model, windows, **options),
-    "magnitude": lambda model, windows=None, *, seed=0, **options: magnitude_salience(model, **options),
-    "activation": lambda model, windows, *, seed=0, **options: activation_salience(model, windows, **options),
-    "random": lambda model, windows=None, *, seed=0, **options: random_salience(model, seed, **options),
+    "fisher": lambda model, windows, seed=0, **options: fisher_salience(model, windows, **options),
+    "magnitude": lambda model, windows=None, seed=0, **options: magnitude_salience(model, **options),
+    "activation": lambda model, windows, seed=0, **options: activation_salience(model, windows, **options),
+    "random": lambda model, windows=None, seed=0, **options: random_salience(model, seed, **options),
 }
 
 
 def save_salience(salience: Mapping[str, torch.Tensor], path, meta: Mapping | None = None) -> None:
-    """Write name -> float32 [N, K] and JSON-able `meta` to one safetensors file, atomically; validates first."""
+    """Write name -> float32 [N, K] and JSON-able `meta` to one safetensors file, atomically, if valid."""
     from safetensors.numpy import save_file
 
     tensors = {name: _checked(name, torch.as_tensor(value)).numpy() for name, value in salience.items()}
@@ -226,7 +230,7 @@ def _gradients_only_for(model, wanted):
 
 
 def _forward_tokens(model, window):
-    model(input_ids=window.to(next(model.parameters()).device)[None])
+    model(input_ids=window.to(next(model.parameters()).device, torch.int64)[None])
 
 
 def _progress(items, title, show):
@@ -242,8 +246,8 @@ def _checked(name, value):
     if value.ndim != 2:
         raise SfmpError(f"{name}: expected a salience matrix [N, K], found shape {tuple(value.shape)}")
     if not torch.isfinite(value).all() or (value < 0).any():
-        raise SfmpError(f"{name}: expected finite salience >= 0, found {_worst(value)}; compute it again with the "
-                        "model in float32 or bfloat16")
+        raise SfmpError(f"{name}: expected finite salience >= 0, found {_worst(value)}; "
+                        "compute it again with the model in float32 or bfloat16")
     return value
 
 

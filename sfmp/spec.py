@@ -199,8 +199,8 @@ class Plan(Mapping):
         grid = BlockGrid(len(rows), len(cols), self.spec.block_rows, self.spec.group_size)
         bits = np.asarray(matrix.bits)
         if bits.shape != (grid.row_blocks, grid.groups):
-            raise SfmpError(f"plan[{name}].bits: expected shape {(grid.row_blocks, grid.groups)} for a "
-                            f"{len(rows)}x{len(cols)} matrix, found {bits.shape}; is it for another model or spec?")
+            raise SfmpError(f"plan[{name}].bits: expected shape {(grid.row_blocks, grid.groups)}, found "
+                            f"{bits.shape} for {len(rows)} x {len(cols)} weights; is it another model or spec?")
         if not np.isin(bits, self.spec.candidate_levels).all():
             raise SfmpError(f"plan[{name}].bits: expected levels {self.spec.candidate_levels}, "
                             f"found {sorted(set(np.unique(bits).tolist()))}")

@@ -3,6 +3,11 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples every time and no time limits: a busy machine must not decide whether a test passes.
+settings.register_profile("sfmp", deadline=None, derandomize=True)
+settings.load_profile("sfmp")
 
 ROOT = Path(__file__).resolve().parents[1]
 
