@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("sfmp", "kernels_numba")
 
 # Modules that decide what runs and how it is shown, never a number: an edit there must not rerun hours of work.
-BYSTANDERS = frozenset({"sfmp", "sfmp.workflow", "sfmp.config", "sfmp.code_hash", "sfmp.report", "sfmp.provenance"})
+BYSTANDERS = frozenset({"sfmp", "sfmp.workflow", "sfmp.design", "sfmp.environment", "sfmp.locks", "sfmp.code_hash", "sfmp.report", "sfmp.provenance"})
 
 
 def _path(module: str) -> Path | None:

@@ -1,0 +1,293 @@
+# Every rule of the replication. One rule runs one notebook; the design is config/runs.tsv, the size config/tiers/*.yaml.
+#   snakemake --cores 8                      every result of the embedded tier (the default)
+#   snakemake -n --config tier=small         what a bigger tier would do
+#   targets: all tables figures claims html report summary publish train_embedded
+import sys
+import time
+from pathlib import Path
+
+from snakemake.utils import min_version
+
+from sfmp.workflow import (SOURCES, Rules, available_cores, closing_words, job_threads, leave_lock, load_design,
+                           own_mark, release_stale_lock, take_lock)
+
+min_version("9.19")
+
+configfile: "config/config.yaml"
+
+report: "report/workflow.rst"
+
+STARTED = time.time()
+design = load_design(config)
+shared = Rules(design, workflow.cores)
+R, L = design.results, f"{design.results}/logs"
+MODEL, SHOWCASE = design.showcase_model, design.showcase
+CORES = workflow.cores
+GPU = 1 if design.config["device"] == "cuda" else 0
+# Megabytes, and the threads that keep jobs within the machine: of a notebook that holds a model, and of one that does not.
+HEAVY, LIGHT = design.config["job_mem_mb"], 1000
+HEAVY_THREADS, LIGHT_THREADS = job_threads(CORES, HEAVY), job_threads(CORES, LIGHT)
+
+if workflow.is_main_process and not workflow.dryrun and (released := release_stale_lock()):
+    print(released, file=sys.stderr)
+
+# One core per job: the pools of PyTorch, BLAS and Numba must not multiply with the jobs that run together.
+shell.prefix(
+    f"set -euo pipefail; export PATH={str(Path(sys.executable).parent)!r}:$PATH SFMP_WORKFLOW={own_mark()} "
+    "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "
+    f"PYTHONHASHSEED=0 {'HF_HUB_OFFLINE=1' if design.tier == 'embedded' else ''}; "
+)
+NOTEBOOK = (
+    "IPYTHONDIR={resources.tmpdir:q}/sfmp-ipython papermill {input.notebook:q} {log.notebook:q} -y {params.nb:q} "
+    "-k python3 --no-progress-bar > {log.text:q} 2>&1"
+)
+
+TABLES = ["e1_main", "e3_reorder", "e3_block", "e3_group", "e3_levels", "e3_salience", "e3_objective", "packing",
+          "lut_gemm", "integration", "concentration", "allocation", "mlp_experiment"]
+FIGURES = ["overview", "salience_before_after", "bit_map", "bits_by_layer", "accuracy_vs_bpw", "perplexity_vs_bpw",
+           "reorder", "block_shape", "group_size", "levels", "salience_source", "objective"]
+TABLE_FILES = expand(f"{R}/tables/{{name}}.csv", name=TABLES)
+FIGURE_FILES = expand(f"{R}/figures/{{name}}.{{kind}}", name=FIGURES, kind=["svg", "png", "csv"])
+RESULTS = [*TABLE_FILES, *FIGURE_FILES, f"{R}/claims.csv"]
+EVALUATIONS = expand(f"{R}/eval/{{run}}.json", run=design.runs)
+QUANTIZED = expand(f"{R}/quantized/{{run}}.json", run=design.quantized)
+EXECUTED = [f"{L}/{name}.ipynb" for name in
+            ["overview", "reordering", "allocation", "packing", "lut_gemm", "model_integration", "e1", "e3", "e9",
+             f"salience/{MODEL}.fisher", *expand("calibration/{model}", model=design.models),
+             *expand("quantization/{run}", run=design.quantized), *expand("evaluation/{run}", run=design.runs)]]
+
+def table(name):
+    return report(f"{R}/tables/{name}.csv", caption="report/table.rst", category="Tables", labels={"table": name})
+
+def figure(name):
+    svg = report(f"{R}/figures/{name}.svg", caption="report/figure.rst", category="Figures", labels={"figure": name})
+    return [svg, f"{R}/figures/{name}.png", f"{R}/figures/{name}.csv"]
+
+wildcard_constraints: model="|".join(design.models), source="|".join(SOURCES), run="[^/]+"
+
+localrules: all, tables, figures, claims, html, report, summary, publish
+
+rule all:
+    default_target: True
+    input: RESULTS, f"{R}/html/index.html", f"{R}/report.html", f"{R}/summary.txt"
+
+rule tables:
+    input: TABLE_FILES
+
+rule figures:
+    input: FIGURE_FILES
+
+rule claims:
+    input: f"{R}/claims.csv"
+
+rule overview:
+    input: notebook=shared.notebook("overview")
+    output: overview=figure("overview")
+    log: **shared.logs("overview")
+    params: **shared.params("overview")
+    threads: LIGHT_THREADS
+    resources: mem_mb=LIGHT
+    shell: NOTEBOOK
+
+rule calibration:
+    input: notebook=shared.notebook("calibration"), weights=shared.weights
+    output:
+        calibration=f"{R}/windows/{{model}}.calibration.safetensors",
+        evaluation=f"{R}/windows/{{model}}.evaluation.safetensors",
+    log: **shared.logs("calibration/{model}")
+    params: **shared.params("calibration")
+    threads: HEAVY_THREADS
+    resources: mem_mb=HEAVY, gpu=GPU
+    shell: NOTEBOOK
+
+rule salience:
+    input: notebook=shared.notebook("salience"), windows=shared.windows("calibration"), weights=shared.weights
+    output: salience=f"{R}/salience/{{model}}.{{source}}.safetensors"
+    log: **shared.logs("salience/{model}.{source}")
+    params: **shared.params("salience")
+    threads: HEAVY_THREADS
+    resources: mem_mb=HEAVY, gpu=GPU
+    shell: NOTEBOOK
+
+rule reordering:
+    input: notebook=shared.notebook("reordering"), salience=f"{R}/salience/{MODEL}.fisher.safetensors"
+    output: salience_before_after=figure("salience_before_after"), concentration=table("concentration")
+    log: **shared.logs("reordering")
+    params: **shared.params("reordering")
+    threads: HEAVY_THREADS
+    resources: mem_mb=HEAVY, gpu=GPU
+    shell: NOTEBOOK
+
+rule allocation:
+    input: notebook=shared.notebook("allocation"), salience=f"{R}/salience/{MODEL}.fisher.safetensors"
+    output:
+        allocation=table("allocation"),
+        mlp_experiment=table("mlp_experiment"),
+        bit_map=figure("bit_map"),
+        bits_by_layer=figure("bits_by_layer"),
+    log: **shared.logs("allocation")
+    params: **shared.params("allocation")
+    threads: HEAVY_THREADS
+    resources: mem_mb=HEAVY, gpu=GPU
+    shell: NOTEBOOK
+
+# A row of the experiment `cost` is timed, so nothing runs beside it.
+rule quantization:
+    input:
+        notebook=shared.notebook("quantization"),
+        salience=shared.salience,
+        windows=shared.windows("calibration"),
+        weights=shared.weights,
+    output:
+        plan=f"{R}/plan/{{run}}.safetensors",
+        checkpoint=directory(f"{R}/models/{{run}}"),
+        quantized=f"{R}/quantized/{{run}}.json",
+        timing=f"{R}/timing/quantization/{{run}}.json",
+    log: **shared.logs("quantization/{run}")
+    params: **shared.params("quantization")
+    threads: shared.alone_if_timed
+    resources: mem_mb=HEAVY, gpu=GPU
+    shell: NOTEBOOK
+
+rule packing:
+    input: notebook=shared.notebook("packing"), checkpoint=f"{R}/models/{SHOWCASE}"
+    output: packing=table("packing")
+    log: **shared.logs("packing")
+    params: **shared.params("packing")
+    threads: HEAVY_THREADS
+    resources: mem_mb=HEAVY, gpu=GPU
+    shell: NOTEBOOK
+
+rule lut_gemm:
+    input: notebook=shared.notebook("lut_gemm"), checkpoint=f"{R}/models/{SHOWCASE}"
+    output: lut_gemm=table("lut_gemm")
+    log: **shared.logs("lut_gemm")
+    params: **shared.params("lut_gemm")
+    threads: HEAVY_THREADS
+    resources: mem_mb=HEAVY, gpu=GPU
+    shell: NOTEBOOK
+
+rule model_integration:
+    input: notebook=shared.notebook("model_integration"), checkpoint=f"{R}/models/{SHOWCASE}"
+    output: integration=table("integration")
+    log: **shared.logs("model_integration")
+    params: **shared.params("model_integration")
+    threads: HEAVY_THREADS
+    resources: mem_mb=HEAVY, gpu=GPU
+    shell: NOTEBOOK
+
+rule evaluation:
+    input:
+        unpack(shared.checkpoint),
+        notebook=shared.notebook("evaluation"),
+        windows=shared.windows("evaluation"),
+        weights=shared.weights,
+    output: eval=f"{R}/eval/{{run}}.json"
+    log: **shared.logs("evaluation/{run}")
+    params: **shared.params("evaluation")
+    threads: HEAVY_THREADS
+    resources: mem_mb=HEAVY, gpu=GPU
+    shell: NOTEBOOK
+
+rule e1:
+    input:
+        notebook=shared.notebook("e1"),
+        evals=EVALUATIONS,
+        quantized=QUANTIZED,
+        runs="config/runs.tsv",
+        paper="config/paper_values.tsv",
+    output:
+        e1_main=table("e1_main"),
+        e1_main_md=f"{R}/tables/e1_main.md",
+        accuracy_vs_bpw=figure("accuracy_vs_bpw"),
+        perplexity_vs_bpw=figure("perplexity_vs_bpw"),
+    log: **shared.logs("e1")
+    params: **shared.params("e1")
+    threads: LIGHT_THREADS
+    resources: mem_mb=LIGHT
+    shell: NOTEBOOK
+
+rule e3:
+    input: notebook=shared.notebook("e3"), evals=EVALUATIONS, quantized=QUANTIZED, runs="config/runs.tsv"
+    output:
+        e3_reorder=table("e3_reorder"),
+        e3_block=table("e3_block"),
+        e3_group=table("e3_group"),
+        e3_levels=table("e3_levels"),
+        e3_salience=table("e3_salience"),
+        e3_objective=table("e3_objective"),
+        reorder=figure("reorder"),
+        block_shape=figure("block_shape"),
+        group_size=figure("group_size"),
+        levels=figure("levels"),
+        salience_source=figure("salience_source"),
+        objective=figure("objective"),
+    log: **shared.logs("e3")
+    params: **shared.params("e3")
+    threads: LIGHT_THREADS
+    resources: mem_mb=LIGHT
+    shell: NOTEBOOK
+
+rule e9:
+    input:
+        notebook=shared.notebook("e9"),
+        tables=TABLE_FILES,
+        claims="config/claims.tsv",
+        paper="config/paper_values.tsv",
+        runs="config/runs.tsv",
+    output: claims=report(f"{R}/claims.csv", caption="report/claims.rst", category="Claims")
+    log: **shared.logs("e9")
+    params: **shared.params("e9")
+    threads: LIGHT_THREADS
+    resources: mem_mb=LIGHT
+    shell: NOTEBOOK
+
+# All executed notebooks, rendered in one process; needs no network.
+rule html:
+    input: RESULTS, notebooks=EXECUTED
+    output: index=f"{R}/html/index.html"
+    log: f"{L}/html.txt"
+    shell: "python -m sfmp.report html --logs {L} --index {output.index:q} > {log:q} 2>&1"
+
+# Tables, figures and claims in one self-contained page (Snakemake's own report).
+rule report:
+    input: RESULTS
+    output: f"{R}/report.html"
+    log: f"{L}/report.txt"
+    shell:
+        "snakemake tables figures claims --report {output:q} --nolock --cores 1 --config tier={design.tier} "
+        "> {log:q} 2>&1"
+
+# What ran, how long it took, where the results are and what a bigger tier needs; and the table of costs.
+rule summary:
+    input: RESULTS, timing=expand(f"{R}/timing/quantization/{{run}}.json", run=design.with_experiment("cost"))
+    output: text=f"{R}/summary.txt", cost=f"{R}/timing/cost.csv"
+    log: f"{L}/summary.txt"
+    shell:
+        "python -m sfmp.report summary --tier {design.tier} --text {output.text:q} --cost {output.cost:q} "
+        "--timing {input.timing:q} > {log:q} 2>&1"
+
+# Copies the small evidence to results/reference/<tier>, the part of results/ that git tracks. Not part of `all`.
+rule publish:
+    input: RESULTS
+    shell: "python -m sfmp.report publish --tier {design.tier}"
+
+# Trains the embedded model again from the Python that is installed; resumable. The shipped weights stay as they are.
+rule train_embedded:
+    output: directory("results/embedded/train/model")
+    log: "results/embedded/logs/train_embedded.txt"
+    params: cores=min(CORES, available_cores())
+    threads: CORES
+    resources: mem_mb=4000
+    shell: "OMP_NUM_THREADS={params.cores} python -m sfmp.train --out results/embedded/train 2>&1 | tee {log:q}"
+
+onstart:
+    take_lock()
+
+onsuccess:
+    leave_lock()
+    print(closing_words(design, time.time() - STARTED))
+
+onerror:
+    leave_lock()
+    print(closing_words(design, time.time() - STARTED, failed=True), file=sys.stderr)

@@ -1,0 +1,155 @@
+"""The experimental design: the configuration of a tier, its models and its runs, read and validated. No torch."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from sfmp.checks import SfmpError
+from sfmp.spec import QuantSpec
+
+FP = "fp16"  # the method of the unquantized control rows
+
+
+def read_yaml(path: Path) -> dict:
+    """Read a YAML mapping; anything else is an error that names the file."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise SfmpError(f"{path}: cannot be read as YAML ({error}); restore or correct the file") from error
+    if not isinstance(value, dict):
+        raise SfmpError(f"{path}: expected a mapping of keys, found {type(value).__name__}")
+    return value
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read a tab-separated table as one dict of text cells per row, every row complete."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.reader((line for line in file if not line.startswith("#")), delimiter="\t")
+            header, *rows = list(reader)
+    except (OSError, ValueError) as error:
+        raise SfmpError(f"{path}: expected a tab-separated table with a header, found {error}") from error
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            raise SfmpError(f"{path}, row {number} ({row[0] if row else 'empty'}): expected {len(header)} cells, found "
+                            f"{len(row)}; separate cells by one tab")
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def validate(value: Mapping, schema: Mapping, where: str) -> None:
+    """Check one mapping against a JSON schema.
+
+    Raises
+    ------
+    SfmpError
+        Naming `where` (file and row), the column or key, what was expected and what was found.
+    """
+    from jsonschema import Draft202012Validator
+
+    for error in sorted(Draft202012Validator(schema).iter_errors(value), key=lambda e: [str(p) for p in e.path]):
+        key = ".".join(str(part) for part in error.path)
+        expected = error.schema.get("enum") or error.schema.get("pattern")
+        detail = f"expected {'one of ' if 'enum' in error.schema else 'text like '}{expected}, found " \
+                 f"{error.instance!r}" if expected else error.message
+        raise SfmpError(f"{where}{', ' + key if key else ''}: {detail}")
+
+
+class Design:
+    """The validated configuration of one tier: `config`, `models` (name → row) and `runs` (name → row).
+
+    Raises
+    ------
+    SfmpError
+        Naming file, row and column of the first thing that is wrong.
+    """
+
+    def __init__(self, config: Mapping, folder: Path):
+        folder = Path(folder)
+        tiers = sorted(path.stem for path in (folder / "tiers").glob("*.yaml"))
+        tier = config.get("tier")
+        if tier not in tiers:
+            raise SfmpError(f"config, tier: expected one of {', '.join(tiers)}, found {tier!r}; "
+                            "use e.g. --config tier=embedded")
+        self.folder = folder
+        self.config = {**read_yaml(folder / "tiers" / f"{tier}.yaml"), **config}
+        validate(self.config, read_yaml(folder / "schemas" / "config.schema.yaml"), f"configuration of tier {tier}")
+        self.tier, self.results = tier, f"results/{tier}"
+        every_model = self._table("models", "model")
+        every_run = self._table("runs", "run")
+        self.all_runs = every_run
+        for name, row in every_run.items():
+            where = f"{folder / 'runs.tsv'}, row {name}"
+            if row["model"] not in every_model:
+                raise SfmpError(f"{where}, model: expected one of {', '.join(every_model)}, found {row['model']!r}")
+            if not name.startswith(f"{row['model']}.{row['method']}"):
+                raise SfmpError(f"{where}, run: expected a name that starts with {row['model']}.{row['method']}, "
+                                f"found {name!r}")
+            self._check_settings(where, row)
+        self.models = {name: row for name, row in every_model.items() if row["tier"] == tier}
+        self.runs = {name: row for name, row in every_run.items() if row["model"] in self.models}
+        self.quantized = [name for name, row in self.runs.items() if row["method"] != FP]
+        if self.config["showcase"] not in self.quantized:
+            raise SfmpError(f"configuration of tier {tier}, showcase: expected a quantized run of runs.tsv, found "
+                            f"{self.config['showcase']!r}")
+
+    def _table(self, name: str, key: str) -> dict[str, dict[str, str]]:
+        path = self.folder / f"{name}.tsv"
+        schema = read_yaml(self.folder / "schemas" / f"{name}.schema.yaml")
+        rows = {}
+        for row in read_table(path):
+            validate(row, schema, f"{path}, row {row.get(key)}")
+            if row[key] in rows:
+                raise SfmpError(f"{path}, row {row[key]}, {key}: listed twice; every {key} needs a name of its own")
+            rows[row[key]] = row
+        return rows
+
+    @staticmethod
+    def _check_settings(where: str, row: Mapping[str, str]) -> None:
+        settings = ("bpw", "group_size", "block_rows", "levels", "reorder", "scope", "objective", "salience")
+        blank = [name for name in settings if row[name] == "-"]
+        if row["method"] == FP:
+            if len(blank) != len(settings):
+                raise SfmpError(f"{where}: a {FP} row has no settings, expected - in {', '.join(settings)}")
+            return
+        if blank:
+            raise SfmpError(f"{where}, {blank[0]}: expected a value, found -; only {FP} rows leave it out")
+        try:
+            run_spec(row)
+        except SfmpError as error:
+            raise SfmpError(f"{where}, {error}") from error
+
+    @property
+    def showcase(self) -> str:
+        return self.config["showcase"]
+
+    @property
+    def showcase_model(self) -> str:
+        return self.runs[self.showcase]["model"]
+
+    def weights(self, model: str) -> list[str]:
+        """Files of the repository that hold a model's weights: inputs of whatever reads the model."""
+        folder = Path(self.models[model]["files"])
+        return sorted(str(path) for path in folder.glob("*") if path.is_file()) if folder.name != "-" else []
+
+    def with_experiment(self, word: str) -> list[str]:
+        """Runs of this tier that take part in an experiment."""
+        return [name for name, row in self.runs.items() if word in row["experiments"].split(",")]
+
+
+def load_design(config: Mapping, folder: Path | str = "config") -> Design:
+    """Validate the configuration and return the design of the chosen tier."""
+    return Design(config, Path(folder))
+
+
+def run_spec(row: Mapping[str, str]) -> QuantSpec:
+    """Return the specification of a quantized row of runs.tsv."""
+    levels = row["levels"] if row["levels"] == "auto" else [int(level) for level in row["levels"].split(",")]
+    return QuantSpec.from_dict({
+        "bpw": float(row["bpw"]), "group_size": int(row["group_size"]), "block_rows": int(row["block_rows"]),
+        "levels": levels, "reorder": row["reorder"], "method": row["method"].rpartition("-")[2],
+        "scope": row["scope"], "objective": row["objective"], "seed": int(row["seed"]),
+    })

@@ -1,0 +1,179 @@
+"""What the Snakefile calls: inputs, logs and parameters of the rules, resource caps, closing words. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+from sfmp.checks import SfmpError
+from sfmp.code_hash import code_hash, notebook_hash
+from sfmp.design import FP, Design, load_design, read_yaml, run_spec
+from sfmp.environment import available_cores, available_memory_mb
+from sfmp.locks import leave_lock, own_mark, release_stale_lock, take_lock
+
+__all__ = ["NOTEBOOKS", "Rules", "SOURCES", "available_cores", "closing_words", "code_hash", "job_threads", "leave_lock",
+           "load_design", "notebook_params", "own_mark", "release_stale_lock", "stage_code", "take_lock"]
+
+SOURCES = ("fisher", "magnitude", "activation", "random")
+
+# rule → (notebook, parameters beyond out, inputs, seed and tier); tests compare it with the parameters cells.
+NOTEBOOKS = {
+    "overview": ("00_start_here", ()),
+    "calibration": ("01_calibration", ("model", "n_windows", "seqlen")),
+    "salience": ("02_salience", ("model", "source")),
+    "reordering": ("03_reordering", ("model", "spec")),
+    "allocation": ("04_allocation", ("model", "spec")),
+    "quantization": ("05_quantization", ("run", "model", "spec")),
+    "packing": ("06_packing", ()),
+    "lut_gemm": ("07_lut_gemm", ()),
+    "model_integration": ("08_model_integration", ()),
+    "evaluation": ("09_evaluation", ("run", "model", "tasks", "seqlen")),
+    "e1": ("e1_accuracy", ()),
+    "e3": ("e3_ablations", ()),
+    "e9": ("e9_claims", ()),
+}
+COMMON = ("out", "inputs", "seed", "tier")
+
+
+class Rules:
+    """Inputs, logs and parameters that the rules of one tier share; the Snakefile names them, this looks them up.
+
+    Methods whose argument is `wildcards` are input functions of Snakemake.
+    """
+
+    def __init__(self, design: Design, cores: int | None):
+        self.design, self.cores = design, cores
+
+    @staticmethod
+    def notebook(rule: str) -> str:
+        """Path of the notebook of a rule."""
+        return f"notebooks/{NOTEBOOKS[rule][0]}.ipynb"
+
+    def logs(self, stem: str) -> dict[str, str]:
+        """The executed notebook, a log so that it survives a failure, and what papermill printed."""
+        return {name: f"{self.design.results}/logs/{stem}.{kind}" for name, kind in (("notebook", "ipynb"), ("text", "txt"))}
+
+    def params(self, rule: str) -> dict:
+        """Parameters of the notebook, and the hash of the modules it reaches."""
+        return {"nb": notebook_params(self.design, rule), "code": stage_code(rule)}
+
+    def model(self, wildcards) -> str:
+        """Model of a rule whose wildcard is a model or a run."""
+        return getattr(wildcards, "model", None) or self.design.runs[wildcards.run]["model"]
+
+    def weights(self, wildcards) -> list[str]:
+        """Files of the repository that hold the weights of the model."""
+        return self.design.weights(self.model(wildcards))
+
+    def windows(self, kind: str):
+        """Input function: the windows (calibration or evaluation) of the model."""
+        return lambda wildcards: f"{self.design.results}/windows/{self.model(wildcards)}.{kind}.safetensors"
+
+    def salience(self, wildcards) -> str:
+        """Salience that the run is planned with."""
+        source = self.design.runs[wildcards.run]["salience"]
+        return f"{self.design.results}/salience/{self.model(wildcards)}.{source}.safetensors"
+
+    def checkpoint(self, wildcards) -> dict[str, str]:
+        """Checkpoint of a quantized run; nothing for the control."""
+        quantized = wildcards.run in self.design.quantized
+        return {"checkpoint": f"{self.design.results}/models/{wildcards.run}"} if quantized else {}
+
+    def alone_if_timed(self, wildcards) -> int:
+        """Threads of a quantization: all of them for a row of the experiment `cost`, which is timed."""
+        timed = wildcards.run in self.design.with_experiment("cost")
+        return job_threads(self.cores, self.design.config["job_mem_mb"], alone=timed)
+
+
+def notebook_params(design: Design, rule: str):
+    """Return the ``params`` function of a rule: its notebook's parameters as one JSON string (papermill ``-y``).
+
+    Every named output becomes an entry of `out` (a figure by its PNG), every named input but `notebook` one of `inputs`.
+    """
+    if rule not in NOTEBOOKS:
+        raise SfmpError(f"rule {rule!r} runs no notebook; expected one of {', '.join(NOTEBOOKS)}")
+    return partial(_notebook_json, design, rule)
+
+
+def _notebook_json(design: Design, rule: str, wildcards, input, output) -> str:
+    run = getattr(wildcards, "run", design.showcase)
+    row = design.runs[run]
+    model = getattr(wildcards, "model", row["model"])
+    available = {
+        "run": run,
+        "model": design.models[model]["source"],
+        "source": getattr(wildcards, "source", None),
+        "spec": None if row["method"] == FP else run_spec(row).to_dict(),
+        "tasks": design.config["tasks"] if row["tasks"] == "yes" else [],
+        "n_windows": design.config["n_windows"],
+        "seqlen": design.config["seqlen"],
+        "out": {name: _one_path(value) for name, value in output.items()},
+        "inputs": {name: value if isinstance(value, str) else list(value)
+                   for name, value in input.items() if name != "notebook"},
+        "seed": int(row["seed"]) if hasattr(wildcards, "run") else design.config["seed"],
+        "tier": design.tier,
+    }
+    return json.dumps({name: available[name] for name in (*COMMON, *NOTEBOOKS[rule][1])})
+
+
+def _one_path(value) -> str:
+    """Path of an output; of a figure (PNG, SVG and CSV) the PNG."""
+    if isinstance(value, str):
+        return str(value)
+    return next(str(path) for path in value if path.endswith(".png"))
+
+
+def stage_code(rule: str, folder: Path | str = "notebooks") -> str:
+    """Hash of the modules the notebook of a rule reaches; "" until the notebook exists (Snakemake then says so)."""
+    path = Path(folder) / f"{NOTEBOOKS[rule][0]}.ipynb"
+    return notebook_hash(path.resolve()) if path.is_file() else ""
+
+
+def job_threads(cores: int | None, mem_mb: int, alone: bool = False) -> int:
+    """Return the threads a rule asks for, so that the jobs running together fit the machine whatever ``--cores`` says.
+
+    A job computes on one core. With ``--cores`` above the machine's it asks for more of them, so that no more jobs run
+    together than the machine has cores, or memory for.
+
+    Parameters
+    ----------
+    cores : int or None
+        ``workflow.cores``; None on a cluster, where the scheduler places jobs.
+    mem_mb : int
+        Peak memory of the job.
+    alone : bool
+        Nothing else may run beside it (timing).
+
+    Examples
+    --------
+    >>> job_threads(8, 10, alone=True)
+    8
+    """
+    if not cores or cores >= 2**31:
+        return 1
+    if alone:
+        return cores
+    share = max(1 / available_cores(), mem_mb / available_memory_mb())
+    return min(cores, max(1, math.ceil(cores * share - 1e-9)))
+
+
+def closing_words(design: Design, seconds: float | None = None, failed: bool = False) -> str:
+    """Return what is printed when a run ends: what ran, how long, where the results are, what a bigger tier needs."""
+    stages: dict[str, dict[str, float]] = {}
+    for path in sorted(Path(design.results).rglob("*.manifest.json")):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        stages.setdefault(manifest["notebook"], {})[manifest["started"]] = manifest["wall_seconds"]
+    lines = ["", f"SFMP replication, tier {design.tier}: "
+             + ("STOPPED; the failing rule's log is above, the same command continues" if failed else "done")
+             + (f" after {seconds:.0f} s" if seconds is not None else "")]
+    lines += [f"  {name:<24}{len(times):4} notebook runs {sum(times.values()):8.0f} s" for name, times in stages.items()]
+    lines += [f"  results   {design.results}/tables, figures, claims.csv, html/index.html, report.html",
+              "  evidence  every result has a manifest beside it: <file>.manifest.json"]
+    for path in sorted((design.folder / "tiers").glob("*.yaml")):
+        needs = read_yaml(path)["needs"]
+        if path.stem != design.tier:
+            lines.append(f"  tier {path.stem} ({needs['status']} here): {needs['hardware']}; disk {needs['disk']}; "
+                         f"time {needs['time']}\n    snakemake --cores 8 --config tier={path.stem}")
+    return "\n".join(lines)
