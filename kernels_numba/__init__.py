@@ -23,7 +23,8 @@ def available() -> dict[str, str]:
     >>> available()["reference"].startswith("yes")
     True
     """
-    return {"cuda": _NOT_BUILT, "cpu": _NOT_BUILT, "reference": "yes: dequantize, then multiply with torch; any device"}
+    reference = "yes: dequantize, then multiply with torch; any device"
+    return {"cuda": _NOT_BUILT, "cpu": _NOT_BUILT, "reference": reference}
 
 
 def matmul(x, packed, backend: str = "auto", mode: str | None = None):
@@ -57,8 +58,8 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
     if backend not in BACKENDS:
         raise SfmpError(f"backend: expected auto, {', '.join(BACKENDS)}, found {backend!r}; see available()")
     if mode is not None and mode not in MODES[backend]:
-        raise SfmpError(f"mode: expected one of {', '.join(MODES[backend])} for backend {backend}, found {mode!r}; "
-                        "leave it None for the default")
+        raise SfmpError(f"mode: expected one of {', '.join(MODES[backend])} for backend {backend}, found "
+                        f"{mode!r}; leave it None for the default")
     if not available()[backend].startswith("yes"):
         raise SfmpError(f"backend: expected one that can run here, found {backend} ({available()[backend]}); "
                         "use backend='auto'")

@@ -1,7 +1,9 @@
-"""The two references every kernel is tested against: dequantize-and-multiply in torch, and bit-serial LUT in NumPy.
+"""The two references every kernel is tested against: dequantize-and-multiply in torch, and bit-serial LUT in
+NumPy.
 
-`lut_matmul` is the paper's algorithm, written for reading: the signed sums of ``table_width`` activations are tabulated
-once per activation group, each plane word is cut into table indices, and the weight is never formed (METHOD §1.9).
+`lut_matmul` is the paper's algorithm, written for reading: the signed sums of ``table_width`` activations are
+tabulated once per activation group, each plane word is cut into table indices, and the weight is never formed
+(METHOD §1.9).
 """
 
 from __future__ import annotations
@@ -20,16 +22,19 @@ TABLE_WIDTHS = (1, 2, 4, 8, 16)
 def matmul(x, packed, mode: str = "exact"):
     """Return x Wᵀ + bias with the dequantized weight; see `kernels_numba.matmul`.
 
-    On the CPU the product is taken in float32 (float64 for float64 x) and rounded once to the dtype of x. On other
-    devices W is rounded to the dtype of x first, since their half-precision products accumulate in float32 anyway.
+    On the CPU the product is taken in float32 (float64 for float64 x) and rounded once to the dtype of x. On
+    other devices W is rounded to the dtype of x first, since their half-precision products accumulate in
+    float32 anyway.
     """
     if isinstance(x, np.ndarray):
         return matmul(torch.from_numpy(x), packed, mode).numpy()
     rows, columns = packed.shape
     if x.ndim == 0 or x.shape[-1] != columns or not x.is_floating_point():
-        raise SfmpError(f"x: expected floating [..., {columns}], found {x.dtype} {list(x.shape)}; check in_features")
+        raise SfmpError(f"x: expected floating [..., {columns}], found {x.dtype} {list(x.shape)}; check "
+                        "in_features")
     if x.device != packed.device:
-        raise SfmpError(f"x: expected device {packed.device} like the weight, found {x.device}; move one of them")
+        raise SfmpError(f"x: expected device {packed.device} like the weight, found {x.device}; move one of "
+                        "them")
     if mode == "lut":
         flat = lut_matmul(x.detach().float().cpu().reshape(-1, columns).numpy(), packed)
         return torch.from_numpy(flat).to(x).reshape(*x.shape[:-1], rows)
@@ -79,7 +84,8 @@ def lut_matmul(x, packed, table_width: int = 8, *, dtype=np.float32, counts: boo
     table_width : int
         Activations per table, one of `TABLE_WIDTHS`; a table has 2^table_width entries.
     dtype
-        Of tables, sums and y: float32 shows what a kernel computes, float64 the exact answer, float16 half tables.
+        Of tables, sums and y: float32 shows what a kernel computes, float64 the exact answer, float16 half
+        tables.
     counts : bool
         Also return `LutCounts`.
 
@@ -97,7 +103,8 @@ def lut_matmul(x, packed, table_width: int = 8, *, dtype=np.float32, counts: boo
     Source: METHOD.md 1.9. Padded columns meet x = 0 and add nothing.
     """
     if table_width not in TABLE_WIDTHS:
-        raise SfmpError(f"table_width: expected one of {TABLE_WIDTHS} (a divisor of {WORD}), found {table_width!r}")
+        raise SfmpError(f"table_width: expected one of {TABLE_WIDTHS} (a divisor of {WORD}), found "
+                        f"{table_width!r}")
     x = np.asarray(x)
     rows, columns = packed.shape
     if x.ndim != 2 or x.shape[1] != columns:
@@ -112,7 +119,7 @@ def lut_matmul(x, packed, table_width: int = 8, *, dtype=np.float32, counts: boo
     y = np.zeros((len(x), rows), dtype)  # permuted rows
     lookups = multiplications = 0
     for group in range(packed.groups):
-        tables = signed_sums(permuted[:, group * group_size :][:, :group_size], table_width)  # [M, tables, 2^width]
+        tables = signed_sums(permuted[:, group * group_size :][:, :group_size], table_width)
         total = tables[..., -1].sum(axis=1, dtype=dtype)  # the all-ones entries add up to Σ x of the group
         for block in range(packed.row_blocks):
             first = block * block_rows
@@ -159,5 +166,6 @@ def signed_sums(x: np.ndarray, table_width: int) -> np.ndarray:
 def table_indices(words: np.ndarray, table_width: int) -> np.ndarray:
     """Cut plane words into table indices: int32 [W, planes, rows] → int64 [W·32/width, planes, rows]."""
     shifts = np.arange(0, WORD, table_width)
-    parts = (words.view(np.uint32)[:, None].astype(np.int64) >> shifts[:, None, None]) & ((1 << table_width) - 1)
+    parts = words.view(np.uint32)[:, None].astype(np.int64) >> shifts[:, None, None]
+    parts &= (1 << table_width) - 1
     return parts.reshape(-1, *words.shape[1:])

@@ -20,7 +20,8 @@ def model_card(model) -> str:
 
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if not isinstance(config, SFMPConfig):
-        raise SfmpError("model: expected one quantized by sfmp, found no SFMPConfig; call quantize_model first")
+        raise SfmpError("model: expected one quantized by sfmp, found no SFMPConfig; call quantize_model "
+                        "first")
     packed = {name: layer.packed for name, layer in quantized_layers(model).items()}
     source = config.source.get("model")
     on_hub = bool(source and re.fullmatch(r"[\w.-]+/[\w.-]+", source))
@@ -35,8 +36,8 @@ def model_card(model) -> str:
     revision = f" (revision {config.source['revision']})" if config.source.get("revision") else ""
     return "\n".join([
         *front, "", f"# {source or 'A model'}, quantized by SFMP", "",
-        f"{len(packed)} matrices with {total} weights of {source or 'an unnamed model'}{revision}, quantized by "
-        "search-free fine-grained mixed precision (arXiv 2602.01027).", "",
+        f"{len(packed)} matrices with {total} weights of {source or 'an unnamed model'}{revision}, quantized "
+        "by search-free fine-grained mixed precision (arXiv 2602.01027).", "",
         "| | bits per weight |", "|---|---|",
         f"| codes | {mean['wbits']:.4f} |", f"| codes, scales and offsets (bpw) | {mean['bpw']:.4f} |",
         f"| all stored bytes of the matrices (bpw_stored) | {mean['bpw_stored']:.4f} |", "",

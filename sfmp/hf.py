@@ -15,12 +15,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sfmp.checkpoint import (
     FORMAT_VERSION,
+    SIZES,
     check_entry,
     check_headers,
     check_tensors,
@@ -54,14 +59,15 @@ class SFMPConfig(QuantizationConfigMixin):
         Another format version, unknown fields, or a malformed entry.
     """
 
-    def __init__(self, format_version=None, spec=None, modules=None, plan_hash=None, source=None, quant_method=METHOD,
-                 **unknown):
+    def __init__(self, format_version=None, spec=None, modules=None, plan_hash=None, source=None,
+                 quant_method=METHOD, **unknown):
         if isinstance(format_version, bool) or format_version != FORMAT_VERSION:
-            raise SfmpError(f"quantization_config.format_version: expected {FORMAT_VERSION}, found {format_version!r}; "
-                            "load it with the version of sfmp that wrote it")
+            raise SfmpError(f"quantization_config.format_version: expected {FORMAT_VERSION}, found "
+                            f"{format_version!r}; load it with the version of sfmp that wrote it")
         if unknown or quant_method != METHOD:
-            raise SfmpError(f"quantization_config: expected no other fields and quant_method {METHOD!r}, found "
-                            f"{sorted(unknown)} and {quant_method!r}; the file was altered, download it again")
+            raise SfmpError(f"quantization_config: expected no other fields and quant_method {METHOD!r}, "
+                            f"found {sorted(unknown)} and {quant_method!r}; the file was altered, download "
+                            "it again")
         if not isinstance(modules, Mapping) or not modules:
             raise SfmpError("quantization_config.modules: expected the sizes of each quantized matrix, found "
                             f"{modules!r}; the file was altered, download it again")
@@ -74,10 +80,10 @@ class SFMPConfig(QuantizationConfigMixin):
 
 
 class SFMPQuantizer(HfQuantizer):
-    """Builds SFMPLinear layers for `from_pretrained` and checks their tensors before the model is handed out."""
+    """Builds SFMPLinear layers for `from_pretrained` and checks their tensors before the model is handed
+    out."""
 
     requires_calibration = True  # transformers then refuses to quantize on the fly: quantize_model does that
-    requires_parameters_quantization = False
 
     def preprocess_model(self, model, *args, **kwargs):
         """Swap the layers on the meta device, then check the files before any tensor is read."""
@@ -95,9 +101,9 @@ class SFMPQuantizer(HfQuantizer):
             linear, entry = model.get_submodule(found), check_entry(name, entry)
             shape = (getattr(linear, "out_features", None), getattr(linear, "in_features", None))
             if not isinstance(linear, nn.Linear) or shape != entry["shape"]:
-                raise SfmpError(f"{name}: expected a linear layer of {list(entry['shape'])} as the checkpoint says, found "
-                                f"{type(linear).__name__} {list(shape)} in {type(model).__name__}; is config.json of "
-                                "another model?")
+                raise SfmpError(f"{name}: expected a linear layer of {list(entry['shape'])} as the "
+                                f"checkpoint says, found {type(linear).__name__} {list(shape)} in "
+                                f"{type(model).__name__}; is config.json of another model?")
             sizes = {key: entry[key] for key in ("group_size", "block_rows", "plane_words", "bias")}
             model.set_submodule(found, SFMPLinear.empty(*shape, **sizes, device="meta"))
             self._names[name] = found
@@ -106,22 +112,24 @@ class SFMPQuantizer(HfQuantizer):
         loaded = _renamed(read_headers(files), model, self)
         for name, found in self._names.items():
             entry = check_entry(name, self.quantization_config.modules[name])
-            expected = layout(entry["shape"], entry["group_size"], entry["block_rows"], entry["plane_words"], entry["bias"])
+            expected = layout(*(entry[key] for key in SIZES), entry["bias"])
             here = {key: loaded[f"{found}.{key}"] for key in expected if f"{found}.{key}" in loaded}
             check_headers(name, here, expected)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, found in self._names.items():
-            layer, entry = model.get_submodule(found), check_entry(name, self.quantization_config.modules[name])
+            layer = model.get_submodule(found)
+            entry = check_entry(name, self.quantization_config.modules[name])
             for key in ("alpha", "beta"):  # a keep-in-float32 rule of the architecture may have widened them
                 if getattr(layer, key).dtype == torch.float32:
                     setattr(layer, key, getattr(layer, key).half())
-            check_tensors(name, layer.packed.tensors(), entry["shape"], entry["group_size"], entry["block_rows"],
-                          entry["plane_words"], entry["sha256"])
+            sizes = (entry[key] for key in SIZES)
+            check_tensors(name, layer.packed.tensors(), *sizes, entry["sha256"])
         return model
 
     def get_state_dict_and_metadata(self, model):
-        """Describe the layers as they are now, digests included; transformers calls this first when it saves."""
+        """Describe the layers as they are now, digests included; transformers calls this first when it
+        saves."""
         config = self.quantization_config
         config.modules = {name: describe(layer.packed) for name, layer in quantized_layers(model).items()}
         model.config.quantization_config = config
@@ -130,9 +138,10 @@ class SFMPQuantizer(HfQuantizer):
     def _dequantize(self, model, dtype=None):
         for name, layer in quantized_layers(model).items():
             weight = layer.packed.dequantize().to(dtype or model.dtype)
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            biased = layer.bias is not None
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=biased, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
-            if layer.bias is not None:
+            if biased:
                 linear.bias = nn.Parameter(layer.bias.to(weight.dtype), requires_grad=False)
             model.set_submodule(name, linear)
         return model
@@ -159,8 +168,8 @@ def attach(model: nn.Module, plan, source=None) -> nn.Module:
         Returned as it is if it is no transformers model.
     plan : Plan
     source : str or dict with ``model`` and ``revision``, optional
-        What was quantized; by default what the config says it was loaded from (of a local folder only the last
-        component, so that no checkpoint depends on where it was made).
+        What was quantized; by default what the config says it was loaded from (of a local folder only the
+        last component, so that no checkpoint depends on where it was made).
 
     Raises
     ------
@@ -174,8 +183,10 @@ def attach(model: nn.Module, plan, source=None) -> nn.Module:
     if config is None or not hasattr(model, "save_pretrained"):
         return model
     _untie(model, layers)
+    _restore_rotary(model)
     modules = {name: describe(layer.packed, with_digest=False) for name, layer in layers.items()}
-    config.quantization_config = SFMPConfig(FORMAT_VERSION, plan.spec.to_dict(), modules, plan.hash, _source(config, source))
+    source = _source(config, source)
+    config.quantization_config = SFMPConfig(FORMAT_VERSION, plan.spec.to_dict(), modules, plan.hash, source)
     config._is_quantized = True
     model.hf_quantizer = SFMPQuantizer(config.quantization_config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
@@ -199,8 +210,10 @@ def save_checkpoint(model: nn.Module, folder, tokenizer=None, **options) -> Path
     from sfmp.card import save_model_card
 
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "config.json").exists()):
-        raise SfmpError(f"{folder}: expected a checkpoint or nothing, found something else; choose another folder")
+    foreign = folder.is_file() or folder.is_dir() and any(folder.iterdir())
+    if foreign and not (folder / "config.json").exists():
+        raise SfmpError(f"{folder}: expected a checkpoint or nothing, found something else; choose another "
+                        "folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
@@ -218,7 +231,8 @@ def save_checkpoint(model: nn.Module, folder, tokenizer=None, **options) -> Path
 
 
 def _find(model, name):
-    """The name of a checkpoint's module in this model, None if this is the bare base model and the module a head."""
+    """The name of a checkpoint's module in this model, None if this is the bare base model and the module a
+    head."""
     prefix = model.base_model_prefix + "."
     names = dict(model.named_modules())
     for candidate in (name, name.removeprefix(prefix), prefix + name):
@@ -226,8 +240,8 @@ def _find(model, name):
             return candidate
     if model.base_model is model and not name.startswith(prefix):
         return None
-    raise SfmpError(f"{name}: expected this module in {type(model).__name__}, found none of that name; is config.json of "
-                    "another model?")
+    raise SfmpError(f"{name}: expected this module in {type(model).__name__}, found none of that name; is "
+                    "config.json of another model?")
 
 
 def _renamed(headers, model, quantizer):
@@ -252,6 +266,18 @@ def _untie(model, layers):
     if packed:
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
+
+
+def _restore_rotary(model):
+    """Recompute rotary frequencies that ``.to(bfloat16)`` rounded, as from_pretrained does: they are not
+    saved."""
+    for module in model.modules():
+        rounded = [key for key in ("inv_freq", "original_inv_freq")
+                   if (buffer := module._buffers.get(key)) is not None and buffer.dtype != torch.float32]
+        for key in rounded:
+            module._buffers[key] = module._buffers[key].float()
+        if rounded:
+            model._init_weights(module)
 
 
 def _source(config, source):

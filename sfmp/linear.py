@@ -15,9 +15,9 @@ from sfmp.packed import TENSORS, PackedMatrix
 class SFMPLinear(nn.Module):
     """Drop-in for ``nn.Linear`` on packed weights: y = x Wᵀ + bias, x and y in natural order.
 
-    x is [..., in_features] in float32, bfloat16, float16 or float64; y has the dtype of x. The buffers (`TENSORS`
-    and ``bias``) keep their stored dtypes whatever ``.to(dtype)`` asks, because alpha and beta are float16 by format;
-    only ``bias`` follows the model's dtype.
+    x is [..., in_features] in float32, bfloat16, float16 or float64; y has the dtype of x. The buffers
+    (`TENSORS` and ``bias``) keep their stored dtypes whatever ``.to(dtype)`` asks, because alpha and beta are
+    float16 by format; only ``bias`` follows the model's dtype.
 
     Attributes
     ----------
@@ -42,7 +42,8 @@ class SFMPLinear(nn.Module):
     @classmethod
     def empty(cls, out_features, in_features, *, group_size, block_rows, plane_words, bias=False, device=None,
               dtype=None) -> SFMPLinear:
-        """Return a layer with unset buffers of the right dtypes and sizes, to be filled by a checkpoint loader.
+        """Return a layer with unset buffers of the right dtypes and sizes, to be filled by a checkpoint
+        loader.
 
         Parameters
         ----------
@@ -54,9 +55,11 @@ class SFMPLinear(nn.Module):
         from sfmp.checkpoint import layout
 
         shapes = layout((out_features, in_features), group_size, block_rows, plane_words, bias)
-        empty = {key: torch.empty(shape, dtype=kind or dtype, device=device) for key, (kind, shape) in shapes.items()}
-        return cls(PackedMatrix(*(empty[key] for key in TENSORS), empty.get("bias"), (out_features, in_features),
-                                group_size, block_rows))
+        empty = {key: torch.empty(shape, dtype=kind or dtype, device=device)
+                 for key, (kind, shape) in shapes.items()}
+        stored = (empty[key] for key in TENSORS)
+        shape = (out_features, in_features)
+        return cls(PackedMatrix(*stored, empty.get("bias"), shape, group_size, block_rows))
 
     @property
     def packed(self) -> PackedMatrix:
@@ -72,12 +75,13 @@ class SFMPLinear(nn.Module):
 
     def extra_repr(self) -> str:
         bpw = "" if self.planes.is_meta else f", bpw={self.packed.bpw:.3f}"
-        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+        return (f"in_features={self.in_features}, out_features={self.out_features}, "
+                f"bias={self.bias is not None}, "
                 f"group_size={self.group_size}, block_rows={self.block_rows}{bpw}")
 
     def _apply(self, fn, recurse=True):
-        # .to(dtype), .half(), .type() must move the stored tensors but never change their numbers. Shown to fn as
-        # bytes, they are no floating tensors; if fn changes even those, only its device is taken.
+        # .to(dtype), .half(), .type() must move the stored tensors but never change their numbers. Shown to
+        # fn as bytes, they are no floating tensors; if fn changes even those, only its device is taken.
         stored = {key: self._buffers.pop(key) for key in TENSORS}
         try:
             super()._apply(fn, recurse)
@@ -85,7 +89,8 @@ class SFMPLinear(nn.Module):
             self._buffers.update({**stored, "bias": self._buffers.pop("bias")})
         for key, tensor in stored.items():
             moved = fn(tensor.view(torch.uint8))
-            self._buffers[key] = moved.view(tensor.dtype) if moved.dtype == torch.uint8 else tensor.to(moved.device)
+            kept = moved.dtype == torch.uint8
+            self._buffers[key] = moved.view(tensor.dtype) if kept else tensor.to(moved.device)
         self._cache = {}
         return self
 
@@ -101,8 +106,8 @@ class SFMPLinear(nn.Module):
 def keep_dequantized(model: nn.Module) -> Iterator[nn.Module]:
     """Keep the dequantized float32 weight of every SFMPLinear in memory while inside; results do not change.
 
-    The reference backend then dequantizes each matrix once instead of at every call: for evaluation, where memory for
-    one float32 copy of the model is at hand.
+    The reference backend then dequantizes each matrix once instead of at every call: for evaluation, where
+    memory for one float32 copy of the model is at hand.
 
     Raises
     ------

@@ -19,7 +19,8 @@ __all__ = ["PackedMatrix", "pack"]
 
 def pack(codes, scales, zeros, bits, *, group_size, block_rows, row_perm=None, col_perm=None,
          bias=None) -> PackedMatrix:
-    """Pack codes into bit planes. Torch tensors or NumPy arrays; everything but the bias is in permuted order.
+    """Pack codes into bit planes. Torch tensors or NumPy arrays; everything but the bias is in permuted
+    order.
 
     Parameters
     ----------
@@ -44,7 +45,8 @@ def pack(codes, scales, zeros, bits, *, group_size, block_rows, row_perm=None, c
     Raises
     ------
     SfmpError
-        Shapes that do not fit each other, codes or bits out of range, values float16 cannot hold, no permutation.
+        Shapes that do not fit each other, codes or bits out of range, values float16 cannot hold, no
+        permutation.
 
     Notes
     -----
@@ -74,30 +76,32 @@ def pack(codes, scales, zeros, bits, *, group_size, block_rows, row_perm=None, c
 
 def _check_inputs(codes, scales, zeros, bits, group_size, block_rows):
     if group_size % WORD or group_size <= 0 or block_rows < 1:
-        raise SfmpError(f"group_size, block_rows: expected a positive multiple of {WORD} and at least 1, found "
-                        f"{group_size} and {block_rows}; choose e.g. 128 and 512")
+        raise SfmpError(f"group_size, block_rows: expected a positive multiple of {WORD} and at least 1, "
+                        f"found {group_size} and {block_rows}; choose e.g. 128 and 512")
     if codes.ndim != 2 or 0 in codes.shape or codes.dtype.kind not in "iu":
-        raise SfmpError(f"codes: expected integers [N, K], found {codes.dtype} {list(codes.shape)}; pass the codes of "
-                        "one matrix")
+        raise SfmpError(f"codes: expected integers [N, K], found {codes.dtype} {list(codes.shape)}; pass the "
+                        "codes of one matrix")
     grid = BlockGrid(*codes.shape, block_rows, group_size)
     per_group = (grid.out_features, grid.groups)
-    expected = {"scales": (scales, per_group), "zeros": (zeros, per_group), "bits": (bits, grid.weights.shape)}
+    expected = {"scales": (scales, per_group), "zeros": (zeros, per_group), 
+                "bits": (bits, grid.weights.shape)}
     for key, (array, shape) in expected.items():
         if array.shape != shape:
-            raise SfmpError(f"{key}: expected shape {list(shape)} for codes {list(codes.shape)}, group_size {group_size}"
-                            f" and block_rows {block_rows}, found {list(array.shape)}; give one value per "
+            raise SfmpError(f"{key}: expected shape {list(shape)} for codes {list(codes.shape)}, group_size "
+                            f"{group_size} and block_rows {block_rows}, found {list(array.shape)}; give one "
+                            "value per "
                             + ("block" if key == "bits" else "row and group"))
     if bits.dtype.kind not in "iu" or bits.min() < 1 or bits.max() > MAX_BITS:
-        raise SfmpError(f"bits: expected integers 1..{MAX_BITS}, found {bits.dtype} {bits.min()}..{bits.max()}; "
-                        "correct the plan")
+        raise SfmpError(f"bits: expected integers 1..{MAX_BITS}, found {bits.dtype} "
+                        f"{bits.min()}..{bits.max()}; correct the plan")
     largest = ((1 << bits.astype(np.int64)) - 1).astype(np.uint8)
     largest = largest.repeat(block_rows, axis=0)[: len(codes)].repeat(group_size, axis=1)[:, : codes.shape[1]]
     wrong = (codes < 0) | (codes > largest)
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
-        raise SfmpError(f"codes: expected 0..2^bits − 1, found {codes[row, column]} at [{row}, {column}] where the block "
-                        f"has {bits[row // block_rows, column // group_size]} bits ({wrong.sum()} such codes); clamp "
-                        "the codes to their block")
+        raise SfmpError(f"codes: expected 0..2^bits − 1, found {codes[row, column]} at [{row}, {column}] "
+                        f"where the block has {bits[row // block_rows, column // group_size]} bits "
+                        f"({wrong.sum()} such codes); clamp the codes to their block")
 
 
 def _stored_affine(scales, zeros, bits, block_rows):
@@ -109,9 +113,9 @@ def _stored_affine(scales, zeros, bits, block_rows):
     lost = ~(alpha.isfinite() & beta.isfinite())
     if lost.any():
         row, group = lost.nonzero()[0].tolist()
-        raise SfmpError(f"scales, zeros: expected scale/2 and scale·((2^b − 1)/2 − zero) finite in float16, found scale "
-                        f"{scales[row, group]} and zero {zeros[row, group]} at row {row}, group {group}; such a weight "
-                        "cannot be stored: rescale or skip the layer")
+        raise SfmpError("scales, zeros: expected scale/2 and scale·((2^b − 1)/2 − zero) finite in float16, "
+                        f"found scale {scales[row, group]} and zero {zeros[row, group]} at row {row}, group "
+                        f"{group}; such a weight cannot be stored: rescale or skip the layer")
     return alpha.T.contiguous(), beta.T.contiguous()
 
 
@@ -123,10 +127,13 @@ def _permutation(key, perm, size):
 def _bias(bias, rows):
     if bias is None:
         return None
-    bias = bias.detach().cpu().clone() if isinstance(bias, torch.Tensor) else torch.tensor(bias, dtype=torch.float32)
+    if isinstance(bias, torch.Tensor):
+        bias = bias.detach().cpu().clone()
+    else:
+        bias = torch.tensor(bias, dtype=torch.float32)
     if bias.shape != (rows,) or not bias.is_floating_point() or not bias.isfinite().all():
-        raise SfmpError(f"bias: expected {rows} finite floating values, found {bias.dtype} {list(bias.shape)}; pass the "
-                        "bias of the layer")
+        raise SfmpError(f"bias: expected {rows} finite floating values, found {bias.dtype} "
+                        f"{list(bias.shape)}; pass the bias of the layer")
     return bias
 
 

@@ -1,12 +1,13 @@
-"""PackedMatrix: the stored form of one quantized matrix, and the account of its bytes (DESIGN §4, format_version 1).
+"""PackedMatrix: the stored form of one quantized matrix, and the account of its bytes (DESIGN §4,
+format_version 1).
 
 The codes of a block with b bits are cut into b planes (`sfmp.planes`). The weight is
 
     W ≈ alpha · Σ_k 2^k (2·plane_k − 1) + beta,      alpha = scale/2,   beta = scale((2^b − 1)/2 − zero)
 
-so a kernel needs look-ups and additions only. Ragged edges are padded with zero bits; padded rows have no alpha and no
-beta, which every backend reads as alpha = beta = 0. The layout is kernel-neutral: a backend repacks the planes once
-and keeps its own form in ``PackedMatrix.cache``.
+so a kernel needs look-ups and additions only. Ragged edges are padded with zero bits; padded rows have no
+alpha and no beta, which every backend reads as alpha = beta = 0. The layout is kernel-neutral: a backend
+repacks the planes once and keeps its own form in ``PackedMatrix.cache``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from sfmp.planes import block_offsets, unpack_planes
 from sfmp.spec import BlockGrid, SfmpError
 
-TENSORS = ("planes", "alpha", "beta", "block_bits", "row_perm", "col_perm")  # what is stored, besides the bias
+TENSORS = ("planes", "alpha", "beta", "block_bits", "row_perm", "col_perm")  # stored, and the bias
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,7 +32,7 @@ class PackedMatrix:
     planes : int32 [words], all blocks one after the other
     alpha, beta : float16 [groups, N], permuted rows
     block_bits : uint8 [groups, row_blocks], each 1..8
-    row_perm, col_perm : uint16 where it fits, else int32, [N] and [K]; stored order = ``W[row_perm][:, col_perm]``
+    row_perm, col_perm : uint16 where it fits, else int32, [N] and [K]; ``W[row_perm][:, col_perm]`` is stored
     bias : floating [N], natural order, or None
     shape : (N, K) = (out_features, in_features)
     group_size, block_rows : int
@@ -96,7 +97,8 @@ class PackedMatrix:
         return found if self.bias is None else {**found, "bias": self.bias}
 
     def block_offsets(self) -> torch.Tensor:
-        """Return the first word of each block and the total: int64 [groups·row_blocks + 1], in storage order."""
+        """Return the first word of each block and the total: int64 [groups·row_blocks + 1], in storage
+        order."""
         return block_offsets(self.block_bits, self.group_size, self.block_rows)
 
     @property
@@ -117,15 +119,16 @@ class PackedMatrix:
 
     @property
     def bpw_stored(self) -> float:
-        """Bits per weight from every stored byte: padding, bit map and permutations included, bias excluded."""
+        """Bits per weight from every stored byte: padding, bit map and permutations included, bias
+        excluded."""
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
         return 8 * (self.nbytes - bias) / (self.shape[0] * self.shape[1])
 
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return (codes uint8 [N, K], scales f32 [N, groups], zeros f32 [N, groups]), all in permuted order.
 
-        Codes are exact; scales are exact where half of them is a float16. A zero is the integer that gives the stored
-        ``beta`` if there is one, else the real quotient (the 1-bit quantizer has real zeros).
+        Codes are exact; scales are exact where half of them is a float16. A zero is the integer that gives
+        the stored ``beta`` if there is one, else the real quotient (the 1-bit quantizer has real zeros).
 
         Raises
         ------
@@ -136,8 +139,9 @@ class PackedMatrix:
         scales, beta = 2 * self.alpha.float(), self.beta.float()
         lost = (scales == 0) & (beta != 0)
         if lost.any():
-            raise SfmpError(f"alpha: {int(lost.sum())} groups have alpha = 0 but beta ≠ 0, expected beta = 0 there, "
-                            "because no scale and zero give that weight; use dequantize(), which needs none")
+            raise SfmpError(f"alpha: {int(lost.sum())} groups have alpha = 0 but beta ≠ 0, expected beta = 0 "
+                            "there, because no scale and zero give that weight; use dequantize(), which "
+                            "needs none")
         middle = self._levels() / 2
         zeros = middle - torch.where(scales == 0, 0, beta / torch.where(scales == 0, 1, scales))
         integer = zeros.round()
@@ -148,7 +152,8 @@ class PackedMatrix:
     def dequantize(self) -> torch.Tensor:
         """Return W, float32 [N, K], natural order, on the device of the planes.
 
-        alpha times an integer of at most 9 bits is exact in float32, so a weight carries one rounding: adding beta.
+        alpha times an integer of at most 9 bits is exact in float32, so a weight carries one rounding: adding
+        beta.
         """
         if "dequantize" not in self.cache:
             with torch.inference_mode(False):
@@ -163,7 +168,9 @@ class PackedMatrix:
         weight.mul_(2).sub_(levels.unsqueeze(-1))  # Σ_k 2^k (2·plane_k − 1)
         weight.mul_(alpha.unsqueeze(-1)).add_(beta.unsqueeze(-1))
         weight = weight.view(rows, -1)
-        return weight[:, :columns].contiguous() if inverse_col is None else weight.index_select(1, inverse_col)
+        if inverse_col is None:
+            return weight[:, :columns].contiguous()
+        return weight.index_select(1, inverse_col)
 
     def _codes(self) -> torch.Tensor:
         return unpack_planes(self.planes, self.block_bits, self.group_size, self.block_rows)
@@ -175,7 +182,8 @@ class PackedMatrix:
 
 
 def permutation_dtype(size: int) -> type:
-    """Return the stored type of a permutation of `size` indices: uint16 where every index fits, else int32."""
+    """Return the stored type of a permutation of `size` indices: uint16 where every index fits, else
+    int32."""
     return np.uint16 if size <= 1 << 16 else np.int32
 
 

@@ -1,8 +1,9 @@
 """Codes ↔ bit planes, at the level of words (DESIGN §4).
 
-One int32 word holds one bit of 32 consecutive columns of one row: bit t of a word = column 32·w + t. Blocks follow
-each other with the group outer and the row block inner; inside a block of b bits the words are ordered
-[group_size/32][bit][block_rows]. All blocks of equal bit-width are handled at once; there is no loop over blocks.
+One int32 word holds one bit of 32 consecutive columns of one row: bit t of a word = column 32·w + t. Blocks
+follow each other with the group outer and the row block inner; inside a block of b bits the words are ordered
+[group_size/32][bit][block_rows]. All blocks of equal bit-width are handled at once; there is no loop over
+blocks.
 """
 
 from __future__ import annotations
@@ -84,6 +85,6 @@ def _spread_table(device: torch.device) -> torch.Tensor:
     """int64 [256]: byte lane t of entry v is bit t of v (little endian, like the stored words)."""
     if device not in _SPREAD:
         lanes = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-        with torch.inference_mode(False):  # an inference tensor could not be used by a later forward with grad
+        with torch.inference_mode(False):  # a later forward may need gradients
             _SPREAD[device] = torch.from_numpy(lanes.view("<i8").ravel().copy()).to(device)
     return _SPREAD[device]

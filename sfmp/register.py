@@ -1,8 +1,8 @@
 """Make ``import sfmp`` enough for ``AutoModelForCausalLM.from_pretrained`` to load SFMP checkpoints.
 
-transformers asks a table in `transformers.quantizers.auto` which class loads a checkpoint. If that module is loaded,
-`sfmp.hf` enters itself at once. If not, importing transformers here would load torch, so an import hook waits for that
-one module and adds the entry right after it has run. The hook touches no other import.
+transformers asks a table in `transformers.quantizers.auto` which class loads a checkpoint. If that module is
+loaded, `sfmp.hf` enters itself at once. If not, importing transformers here would load torch, so an import
+hook waits for that one module and adds the entry right after it has run. The hook touches no other import.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class _WhenTableLoads(MetaPathFinder):
 
 
 def install() -> None:
-    """Register with transformers now if it is loaded, else as soon as it is; calling it again changes nothing."""
+    """Register with transformers now if it is loaded, else as soon as it is; calling it again changes
+    nothing."""
     if TABLE in sys.modules:
         importlib.import_module("sfmp.hf")
     elif not any(isinstance(finder, _WhenTableLoads) for finder in sys.meta_path):
