@@ -1,9 +1,9 @@
 """The text every Python machine already has: the installed library itself, read at run time.
 
-Nothing of it is stored in the repository. The unit of the split is a top-level standard-library module (``json``, ``asyncio``…):
-the sha256 of its *name* decides whether it is training, calibration or evaluation text, so every machine draws the same line.
-Packages installed with the environment are training text only, and whatever repeats held-out lines (back-ports, vendored copies)
-is left out of training.
+Nothing of it is stored in the repository. The unit of the split is a top-level standard-library module (``json``,
+``asyncio``…): the sha256 of its *name* decides whether it is training, calibration or evaluation text, so every
+machine draws the same line. Packages installed with the environment are training text only, and whatever repeats
+held-out lines (back-ports, vendored copies) is left out of training.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Generated tables, editors, tests, and modules that newer Python versions dropped: no use as text, or not on every machine.
+# Generated tables, editors, tests, and modules that newer Python versions dropped: no use as text, or not on every
+# machine.
 SKIPPED_MODULES = frozenset(
-    "test idlelib lib2to3 turtledemo ensurepip encodings distutils asynchat asyncore imp smtpd antigravity this pydoc_data".split()
+    """test idlelib lib2to3 turtledemo ensurepip encodings distutils asynchat asyncore imp smtpd antigravity this
+    pydoc_data""".split()
 )
 SKIPPED_FOLDERS = frozenset("test tests testing _testing site-packages __pycache__ _vendor vendor data".split())
 # Import names of packages pinned in requirements.lock whose code reads like library Python.
 PACKAGES = tuple(
-    """numpy scipy pandas matplotlib sklearn sympy networkx sqlalchemy seaborn numba torch transformers datasets huggingface_hub
-    accelerate snakemake papermill nbconvert nbformat nbclient jupyter_server IPython ipykernel traitlets tornado aiohttp jinja2 click
-    docutils fsspec jedi parso joblib mpmath nltk pydantic hypothesis _pytest rich prompt_toolkit requests urllib3 yaml pyparsing
-    fontTools PIL git typer anyio httpx dill multiprocess evaluate lm_eval safetensors psutil dateutil narwhals bs4 markdown_it
-    attr cloudpickle tqdm packaging filelock jsonschema referencing babel""".split()
+    """numpy scipy pandas matplotlib sklearn sympy networkx sqlalchemy seaborn numba torch transformers datasets
+    huggingface_hub accelerate snakemake papermill nbconvert nbformat nbclient jupyter_server IPython ipykernel
+    traitlets tornado aiohttp jinja2 click docutils fsspec jedi parso joblib mpmath nltk pydantic hypothesis _pytest
+    rich prompt_toolkit requests urllib3 yaml pyparsing fontTools PIL git typer anyio httpx dill multiprocess evaluate
+    lm_eval safetensors psutil dateutil narwhals bs4 markdown_it attr cloudpickle tqdm packaging filelock jsonschema
+    referencing babel""".split()
 )
 PACKAGE_BYTES = 6_000_000  # no package may dominate: at most this much of each
 FILE_BYTES = 300_000  # longer files are tables more often than programs
@@ -97,7 +100,9 @@ def package_documents(packages: Iterable[str] = PACKAGES) -> list[Document]:
             continue
         root, used = Path(spec.submodule_search_locations[0]), 0
         # By hash of the path rather than alphabetically, so that a capped package is sampled over all its parts.
-        for path in sorted(_python_files(root), key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest()):
+        for path in sorted(
+            _python_files(root), key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest()
+        ):
             text = _read(path)
             if text and used + len(text) <= PACKAGE_BYTES:
                 used += len(text)
@@ -112,8 +117,8 @@ def without_copies(documents: Iterable[Document], held_out: Iterable[Document], 
     ----------
     documents, held_out : iterable of Document
     share : float
-        A document goes when more than this share of its long lines (32 characters and more, stripped), and at least four of them,
-        stand in a held-out one.
+        A document goes when more than this share of its long lines (32 characters and more, stripped), and at least
+        four of them, stand in a held-out one.
 
     Returns
     -------
@@ -146,7 +151,8 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 
 def _read(path: Path) -> str:
-    """Return the file as text, or "" where it is no program in UTF-8: another encoding, a stub, generated one-liners, a table of numbers."""
+    """Return the file as text, or "" where it is no program in UTF-8: another encoding, a stub, generated one-liners,
+    a table of numbers."""
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
 """Text to fixed token windows: the installed Python itself, a local file, or a data set of the Hugging Face hub.
 
-A *source* is one string: ``python:calibration`` or ``python:evaluation`` (:mod:`sfmp.corpus`), a path to a ``.txt`` file (one
-document) or a ``.jsonl`` file (one document a row, field ``text``), or ``hub:ID[:CONFIG]:SPLIT[@REVISION]``.
+A *source* is one string: ``python:calibration`` or ``python:evaluation`` (:mod:`sfmp.corpus`), a path to a ``.txt``
+file (one document) or a ``.jsonl`` file (one document a row, field ``text``), or ``hub:ID[:CONFIG]:SPLIT[@REVISION]``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def load_text(source: str) -> list[str]:
     if source.startswith("python:"):
         split = source.removeprefix("python:")
         if split not in corpus.SPLITS:
-            raise SfmpError(f"data source {source!r}: expected python:calibration, python:evaluation or python:train; choose one")
+            raise SfmpError(f"data source {source!r}: expected python:calibration, :evaluation or :train; choose one")
         documents = [doc.text for doc in corpus.stdlib_documents(split)]
     elif source.startswith("hub:"):
         documents = _hub_documents(source)
@@ -50,14 +50,17 @@ def load_text(source: str) -> list[str]:
         documents = _file_documents(Path(source))
     documents = [text for text in documents if text.strip()]
     if not documents:
-        raise SfmpError(f"data source {source!r}: expected at least one document with text, found none; check the file or the split")
+        raise SfmpError(
+            f"data source {source!r}: expected a document with text, found none; check the file or the split"
+        )
     return documents
 
 
 def _file_documents(path: Path) -> list[str]:
     if not path.is_file() or path.suffix not in (".txt", ".jsonl"):
         raise SfmpError(
-            f"data source {str(path)!r}: expected python:SPLIT, hub:ID:SPLIT or an existing .txt or .jsonl file; check the name and the path"
+            f"data source {str(path)!r}: expected python:SPLIT, hub:ID:SPLIT or an existing .txt or .jsonl file; "
+            "check the path"
         )
     if path.suffix == ".txt":
         return [path.read_text("utf-8")]
@@ -66,7 +69,9 @@ def _file_documents(path: Path) -> list[str]:
         try:
             documents.append(json.loads(line)["text"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise SfmpError(f"{path}, line {number}: expected a JSON object with a field 'text', found {line[:60]!r}; mend it") from error
+            raise SfmpError(
+                f"{path}, line {number}: expected a JSON object with a field 'text', found {line[:60]!r}; mend it"
+            ) from error
     return documents
 
 
@@ -111,15 +116,20 @@ def calibration_windows(documents: list[str], tokenizer, n_windows: int, seqlen:
     ids = [row for row in ids if len(row) >= seqlen]
     if not ids:
         raise SfmpError(
-            f"calibration text: expected a document of at least {seqlen} tokens, found none in {len(documents)}; give longer text or a smaller seqlen"
+            f"calibration text: expected a document of at least {seqlen} tokens, found none in {len(documents)}; "
+            "give longer text or a smaller seqlen"
         )
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(len(ids)) for _ in range(-(-n_windows // len(ids)))])[:n_windows]
     starts = [int(rng.integers(0, len(ids[i]) - seqlen + 1)) for i in order]
-    return torch.from_numpy(np.stack([ids[i][s : s + seqlen] for i, s in zip(order, starts, strict=True)]).astype(np.int64))
+    return torch.from_numpy(
+        np.stack([ids[i][s : s + seqlen] for i, s in zip(order, starts, strict=True)]).astype(np.int64)
+    )
 
 
-def evaluation_windows(documents: list[str], tokenizer, seqlen: int, separator: str = "\n\n") -> tuple[torch.Tensor, float]:
+def evaluation_windows(
+    documents: list[str], tokenizer, seqlen: int, separator: str = "\n\n"
+) -> tuple[torch.Tensor, float]:
     """Join all documents, tokenise once, and cut non-overlapping windows (the GPTQ protocol); the tail is dropped.
 
     Parameters
@@ -146,12 +156,16 @@ def evaluation_windows(documents: list[str], tokenizer, seqlen: int, separator: 
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
     count = len(ids) // seqlen
     if count == 0:
-        raise SfmpError(f"evaluation text: expected at least {seqlen} tokens, found {len(ids)}; give longer text or a smaller seqlen")
+        raise SfmpError(
+            f"evaluation text: expected at least {seqlen} tokens, found {len(ids)}; give longer text "
+            "or a smaller seqlen"
+        )
     return ids[: count * seqlen].view(count, seqlen), len(text.encode()) / len(ids)
 
 
 def fingerprint(windows: torch.Tensor) -> str:
-    """Return the sha256 (hex) of the token ids and their shape: two equal fingerprints are the same calibration data."""
+    """Return the sha256 (hex) of the token ids and their shape: two equal fingerprints are the same calibration
+    data."""
     array = np.ascontiguousarray(windows.cpu().numpy().astype("<i8"))
     return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
 
@@ -185,5 +199,8 @@ def load_windows(path: str | Path) -> tuple[torch.Tensor, dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         windows, meta = file.get_tensor("windows"), file.metadata() or {}
     if meta.get("fingerprint") != fingerprint(windows):
-        raise SfmpError(f"{path}: expected windows with fingerprint {meta.get('fingerprint')}, found {fingerprint(windows)}; make the file again")
+        found = fingerprint(windows)
+        raise SfmpError(
+            f"{path}: expected windows with fingerprint {meta.get('fingerprint')}, found {found}; make the file again"
+        )
     return windows, meta

@@ -1,7 +1,8 @@
 """The embedded model: a small LLaMA-architecture language model of Python that ships with the package.
 
-It exists so that every step of the pipeline runs offline, in minutes, on any machine, on a model that was really trained.
-The weights are ours (recipe: :mod:`sfmp.train`, text: :mod:`sfmp.corpus`); the folder is an ordinary Hugging Face checkpoint.
+It exists so that every step of the pipeline runs offline, in minutes, on any machine, on a model that was really
+trained. The weights are ours (recipe: :mod:`sfmp.train`, text: :mod:`sfmp.corpus`); the folder is an ordinary Hugging
+Face checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ CONTEXT = 512
 
 
 def configuration():
-    """Return the architecture (``transformers.LlamaConfig``): 6 layers, hidden 256, 4 heads on 2 key/value heads, SwiGLU 768, tied."""
+    """Return the architecture (``transformers.LlamaConfig``): 6 layers, hidden 256, 4 heads on 2 key/value heads,
+    SwiGLU 768, tied."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -46,8 +48,8 @@ def configuration():
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """Train the byte-level BPE tokenizer (vocabulary 4096, token 0 = beginning of a document) on ``texts``.
 
-    Words are cut by the byte-level rule (runs of white space stay together, so an indentation is one token) and a merge never
-    crosses a word: no token can hold a sentence of the corpus.
+    Words are cut by the byte-level rule (runs of white space stay together, so an indentation is one token) and a
+    merge never crosses a word: no token can hold a sentence of the corpus.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -55,8 +57,13 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[BOS], initial_alphabet=alphabet, max_token_length=20,
-                                  show_progress=False)  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[BOS],
+        initial_alphabet=alphabet,
+        max_token_length=20,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 

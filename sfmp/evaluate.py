@@ -48,7 +48,10 @@ def perplexity(model: torch.nn.Module, tokens: torch.Tensor, seqlen: int, batch_
     import torch
 
     if seqlen < 2 or tokens.numel() < seqlen:
-        raise SfmpError(f"perplexity: expected seqlen >= 2 and at least seqlen tokens, found seqlen {seqlen} and {tokens.numel()} tokens")
+        raise SfmpError(
+            f"perplexity: expected at least seqlen >= 2 tokens, found seqlen {seqlen} and {tokens.numel()} tokens; "
+            "give more text or a smaller seqlen"
+        )
     stream = tokens.reshape(-1)
     windows = stream[: stream.numel() // seqlen * seqlen].view(-1, seqlen)
     device = next(model.parameters()).device
@@ -57,17 +60,20 @@ def perplexity(model: torch.nn.Module, tokens: torch.Tensor, seqlen: int, batch_
     with torch.no_grad():
         for batch in windows.split(batch_size):
             batch = batch.to(device)
-            logits = model(input_ids=batch).logits[:, :-1].float()
-            nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")  # [B, seqlen-1]
-            losses += nll.mean(dim=1).tolist()
+            logits = model(input_ids=batch).logits[:, :-1].float()  # [B, seqlen-1, vocabulary]
+            nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+            losses += nll.view(len(batch), -1).mean(dim=1).tolist()
     model.train(was_training)
     mean = sum(losses) / len(losses)
     if not math.isfinite(mean):
-        raise SfmpError(f"perplexity: expected finite losses, found a mean of {mean}; the weights or the dtype {next(model.parameters()).dtype} overflow")
+        dtype = next(model.parameters()).dtype
+        raise SfmpError(f"perplexity: expected finite losses, found a mean of {mean}; the weights or {dtype} overflow")
     return math.exp(mean)
 
 
-def accuracy(model: torch.nn.Module, tokenizer, tasks: Mapping[str, Sequence[dict]], batch_size: int = 32) -> dict[str, dict[str, float]]:
+def accuracy(
+    model: torch.nn.Module, tokenizer, tasks: Mapping[str, Sequence[dict]], batch_size: int = 32
+) -> dict[str, dict[str, float]]:
     """Run multiple-choice tasks zero-shot through lm-eval's own API, without network.
 
     Parameters
@@ -102,12 +108,20 @@ def accuracy(model: torch.nn.Module, tokenizer, tasks: Mapping[str, Sequence[dic
     if empty:
         raise SfmpError(f"tasks {', '.join(empty)}: expected items, found none; build them with sfmp.tasks.build")
     device = str(next(model.parameters()).device)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=tokenizer.model_max_length, device=device)
+    lm = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=tokenizer.model_max_length,
+        device=device,
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name, items in tasks.items():
             _write_task(Path(folder), name, items)
         manager = TaskManager(include_path=folder, include_defaults=False)
-        results = lm_eval.simple_evaluate(model=lm, tasks=list(tasks), task_manager=manager, num_fewshot=0, bootstrap_iters=0)
+        results = lm_eval.simple_evaluate(
+            model=lm, tasks=list(tasks), task_manager=manager, num_fewshot=0, bootstrap_iters=0
+        )
     return {name: _scores(results["results"][name], items) for name, items in tasks.items()}
 
 
@@ -136,5 +150,8 @@ def _scores(result: Mapping[str, float], items: Sequence[dict]) -> dict[str, flo
     for metric in ("acc", "acc_norm"):
         value = float(result[f"{metric},none"])
         # Standard error of a mean of n zero-or-one scores, as lm-eval defines it (sample variance).
-        scores |= {metric: value, f"{metric}_stderr": math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else math.nan}
+        scores |= {
+            metric: value,
+            f"{metric}_stderr": math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else math.nan,
+        }
     return scores

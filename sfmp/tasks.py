@@ -1,4 +1,5 @@
-"""Zero-shot tasks on the embedded model: four-way multiple-choice items built at run time from held-out Python modules.
+"""Zero-shot tasks on the embedded model: four-way multiple-choice items built at run time from held-out Python
+modules.
 
 ``next_line``   the line that follows, against other lines of the same file with the same indentation.
 ``identifier``  the name used next, against other names in sight, all of which occur earlier in the context.
@@ -18,14 +19,15 @@ from sfmp.corpus import Document, stdlib_documents
 from sfmp.spec import SfmpError
 
 CHOICES = 4
-CONTEXT_LINES = 6  # lines of code before the question
+CONTEXT_LINES = 5  # lines of code before the question
 ITEMS = 300
 
 Item = dict[str, object]  # {"question": str, "choices": [str] * 4, "answer": int}
 
 
 def next_line_items(document: Document) -> Iterable[Item]:
-    """Yield items that ask for the next line; choices are distinct lines of equal indentation, 12 to 60 characters long."""
+    """Yield items that ask for the next line; choices are distinct lines of equal indentation, 12 to 60 characters
+    long."""
     lines = document.text.splitlines()
     for position in range(CONTEXT_LINES, len(lines)):
         line = lines[position]
@@ -39,7 +41,8 @@ def next_line_items(document: Document) -> Iterable[Item]:
 
 
 def identifier_items(document: Document) -> Iterable[Item]:
-    """Yield items that ask for the name used next; right and wrong names all stand in the context, so guessing the topic is no help."""
+    """Yield items that ask for the name used next; right and wrong names all stand in the context (its topic is no
+    help)."""
     lines = document.text.splitlines()
     for node in ast.walk(ast.parse(document.text)):
         if not isinstance(node, ast.Name) or node.lineno <= CONTEXT_LINES or not lines[node.lineno - 1].isascii():
@@ -54,7 +57,8 @@ def identifier_items(document: Document) -> Iterable[Item]:
 def docstring_items(document: Document) -> Iterable[Item]:
     """Yield items that ask for the first line of a function's docstring, given its signature."""
     lines = document.text.splitlines()
-    functions = [n for n in ast.walk(ast.parse(document.text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(n)]
+    nodes = ast.walk(ast.parse(document.text))
+    functions = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(n)]
     firsts = {ast.get_docstring(n).splitlines()[0].strip() for n in functions}
     firsts = {text for text in firsts if 10 <= len(text) <= 100}
     for node in functions:
@@ -66,7 +70,9 @@ def docstring_items(document: Document) -> Iterable[Item]:
 
 
 TASKS = {"next_line": next_line_items, "identifier": identifier_items, "docstring": docstring_items}
-_WORDS = frozenset("and for not del try def self None True False else elif from with while class return import raise pass the".split())
+_WORDS = frozenset(
+    "and for not del try def self None True False else elif from with while class return import raise pass the".split()
+)
 
 
 def build(task: str, items: int = ITEMS, seed: int = 0, documents: list[Document] | None = None) -> list[Item]:
@@ -97,7 +103,10 @@ def build(task: str, items: int = ITEMS, seed: int = 0, documents: list[Document
     documents = stdlib_documents("evaluation") if documents is None else documents
     candidates = [item for document in documents for item in TASKS[task](document)]
     if len(candidates) < items:
-        raise SfmpError(f"task {task!r}: expected {items} items, found {len(candidates)} in {len(documents)} documents; ask for fewer or add text")
+        raise SfmpError(
+            f"task {task!r}: expected {items} items, found {len(candidates)} in {len(documents)} documents; ask "
+            "for fewer or add text"
+        )
     rng = random.Random(f"{task}:{seed}")
     return [_shuffled(item, rng) for item in rng.sample(candidates, items)]
 

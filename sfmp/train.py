@@ -1,9 +1,9 @@
 """Train the embedded model from nothing but the installed Python: ``python -m sfmp.train --out DIR``.
 
-One process, CPU or GPU, resumable: a batch depends on (seed, step) only and the state is saved every ``--save-every`` steps by
-write-and-rename, so a killed run continues where it stopped. Muon trains the matrices, AdamW the embedding and the norms; the
-learning rate warms up, stays, and falls linearly to zero over the last ``DECAY`` of the steps. Windows are half as long until
-then (attention is the dearest part on a CPU) and of full length while the rate falls.
+One process, CPU or GPU, resumable: a batch depends on (seed, step) only and the state is saved every ``--save-every``
+steps by write-and-rename, so a killed run continues where it stopped. Muon trains the matrices, AdamW the embedding
+and the norms; the learning rate warms up, stays, and falls linearly to zero over the last ``DECAY`` of the steps.
+Windows are half as long until then (attention is the dearest part on a CPU) and of full length while the rate falls.
 """
 
 from __future__ import annotations
@@ -21,10 +21,20 @@ from tqdm import tqdm
 
 from sfmp import corpus, embedded
 
-STEP_TOKENS, PART_TOKENS = 8192, 2048  # tokens of a step, and of the parts its gradient is accumulated over (cache-sized)
+STEP_TOKENS, PART_TOKENS = (
+    8192,
+    2048,
+)  # tokens of a step, and of the parts its gradient is accumulated over (cache-sized)
 STDLIB_SHARE = 0.3  # of the windows of a batch; the rest comes from the packages
 MUON_LR, ADAMW_LR, WARMUP, DECAY = 0.02, 2e-3, 50, 0.4
-LOG_FIELDS = ("step", "tokens", "seconds", "train_loss", "bits_per_byte_calibration", "bits_per_byte_evaluation")
+LOG_FIELDS = (
+    "step",
+    "tokens",
+    "seconds",
+    "train_loss",
+    "bits_per_byte_calibration",
+    "bits_per_byte_evaluation",
+)
 
 
 def prepare(out: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -81,7 +91,9 @@ def batch_at(step: int, steps: int, tokens: dict[str, np.ndarray], seed: int) ->
     sources = [tokens["stdlib"]] * count + [tokens["packages"]] * (windows - count)
     rng.shuffle(sources)
     starts = [rng.integers(0, len(source) - length) for source in sources]
-    return torch.from_numpy(np.stack([s[i : i + length] for s, i in zip(sources, starts, strict=True)]).astype(np.int64))
+    return torch.from_numpy(
+        np.stack([s[i : i + length] for s, i in zip(sources, starts, strict=True)]).astype(np.int64)
+    )
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -118,7 +130,9 @@ def _backward(model: torch.nn.Module, ids: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, tokens: np.ndarray, bytes_per_token: float, device: str, windows: int = 10**9) -> float:
+def bits_per_byte(
+    model: torch.nn.Module, tokens: np.ndarray, bytes_per_token: float, device: str, windows: int = 10**9
+) -> float:
     """Return the mean loss over non-overlapping windows of the full context, in bits per byte of text."""
     length = embedded.CONTEXT
     count = min(len(tokens) // length, windows)
@@ -127,7 +141,9 @@ def bits_per_byte(model: torch.nn.Module, tokens: np.ndarray, bytes_per_token: f
     return sum(losses) / count / math.log(2) / bytes_per_token
 
 
-def train(out: Path, steps: int, device: str = "cpu", seed: int = 0, log_every: int = 100, save_every: int = 200) -> Path:
+def train(
+    out: Path, steps: int, device: str = "cpu", seed: int = 0, log_every: int = 100, save_every: int = 200
+) -> Path:
     """Train the embedded model, or continue training it, and export it to ``out/model``.
 
     Parameters
@@ -148,7 +164,7 @@ def train(out: Path, steps: int, device: str = "cpu", seed: int = 0, log_every: 
 
     Notes
     -----
-    1.2 s a step (windows of 256) to 1.45 s (512) on one 3.2 GHz core with AMX: 90 minutes for the default 4,000 steps.
+    1.2 s a step (windows of 256) to 1.45 s (512) on one 3.2 GHz core with AMX: 70 minutes for the default 3,000 steps.
     """
     from transformers import LlamaForCausalLM
 
@@ -194,7 +210,13 @@ def train(out: Path, steps: int, device: str = "cpu", seed: int = 0, log_every: 
 
 
 def _save_state(path: Path, model, optims, step: int, seconds: float, rows: list) -> None:
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], "step": step, "seconds": seconds, "rows": rows}
+    state = {
+        "model": model.state_dict(),
+        "optimizers": [o.state_dict() for o in optims],
+        "step": step,
+        "seconds": seconds,
+        "rows": rows,
+    }
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -216,7 +238,7 @@ def export(model: torch.nn.Module, out: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model (resumable).")
     parser.add_argument("--out", type=Path, required=True, help="working folder; the checkpoint appears in OUT/model")
-    parser.add_argument("--steps", type=int, default=4000, help="steps of 8,192 tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="steps of 8,192 tokens (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
