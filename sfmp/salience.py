@@ -243,9 +243,10 @@ def _progress(items, title, show):
 
 def _checked(name, value):
     value = value.detach().float().cpu().contiguous()
-    if value.ndim != 2:
+    if value.ndim != 2 or value.numel() == 0:
         raise SfmpError(f"{name}: expected a salience matrix [N, K], found shape {tuple(value.shape)}")
-    if not torch.isfinite(value).all() or (value < 0).any():
+    low, high = torch.aminmax(value)  # NaN propagates, and no mask as large as the matrix is made
+    if not (low >= 0 and high < torch.inf):
         raise SfmpError(f"{name}: expected finite salience >= 0, found {_worst(value)}; "
                         "compute it again with the model in float32 or bfloat16")
     return value

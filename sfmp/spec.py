@@ -200,7 +200,7 @@ class Plan(Mapping):
         bits = np.asarray(matrix.bits)
         if bits.shape != (grid.row_blocks, grid.groups):
             raise SfmpError(f"plan[{name}].bits: expected shape {(grid.row_blocks, grid.groups)}, found "
-                            f"{bits.shape} for {len(rows)} x {len(cols)} weights; is it another model or spec?")
+                            f"{bits.shape} for {len(rows)} x {len(cols)} weights; another model or spec?")
         if not np.isin(bits, self.spec.candidate_levels).all():
             raise SfmpError(f"plan[{name}].bits: expected levels {self.spec.candidate_levels}, "
                             f"found {sorted(set(np.unique(bits).tolist()))}")

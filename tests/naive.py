@@ -4,12 +4,11 @@ import itertools
 
 import numpy as np
 
-
 # Salience, reordering, allocation
 
 
 def mlp_fisher(weights, biases, inputs, labels):
-    """Sum of squared per-sample gradients of a two-layer ReLU network under cross-entropy, by hand.
+    """Sum squared per-sample gradients of a two-layer ReLU network under cross-entropy, by hand.
 
     weights [H, I], [C, H]; biases [H], [C]; inputs [n, I]; labels [n]. Returns the sums for both weights.
     """
@@ -38,7 +37,7 @@ def block_sums(matrix, row_perm, col_perm, block_rows, group_size):
 
 
 def best_losses(losses, weights, levels):
-    """Least total loss for every total of code bits that some assignment uses exactly: enumerates them all."""
+    """Least total loss for every total of code bits that some assignment uses: enumerates them all."""
     best = {}
     for choice in itertools.product(range(len(levels)), repeat=len(weights)):
         bits = sum(levels[c] * int(w) for c, w in zip(choice, weights, strict=True))
@@ -56,3 +55,99 @@ def quantile_bits(salience, wbits):
         left = [(-salience[i], i) for i in range(len(salience)) if bits[i] == low]
         bits[min(left)[1]] = low + 1
     return bits
+
+
+def quantize_blocks(weight, bits, group_size, block_rows):
+    """Reconstruction of a block-mixed affine quantization, one group at a time, in float64 with fp16 parameters.
+
+    Min-max range with an integer zero of any sign; one bit: mean -/+ mean absolute deviation.
+    """
+    weight = np.asarray(weight, np.float64)
+    result = np.empty_like(weight)
+    for i in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], group_size):
+            group = weight[i, start : start + group_size]
+            levels = naive_levels(group, int(bits[i // block_rows, start // group_size]))
+            nearest = np.abs(group[:, None] - levels[None]).argmin(1)
+            result[i, start : start + group_size] = levels[nearest]
+    return result
+
+
+def naive_levels(group, bit):
+    """All values a b-bit group can take, as a checkpoint that keeps alpha and beta in fp16 restores them."""
+    if bit == 1:
+        centre = group.mean()
+        alpha, beta = np.float16(np.abs(group - centre).mean()), np.float16(centre)
+    else:
+        scale = (group.max() - group.min()) / (2**bit - 1)
+        scale = 2 * float(np.float16(max(scale, np.abs(group).max() / 512, 2.0**-23) / 2))
+        zero = np.round(-group.min() / scale)
+        alpha, beta = np.float16(scale / 2), np.float16(scale * ((2**bit - 1) / 2 - zero))
+    codes = np.arange(2**bit)
+    return float(alpha) * (2 * codes - (2**bit - 1)) + float(beta)
+
+
+def gptq(weight, gram, tokens, bits, group_size, damping=0.01):
+    """Textbook GPTQ in float64: explicit inverse Hessian, one column at a time, bits per (row, group).
+
+    Optimal brain surgeon form: after column j is rounded, its error over [H⁻¹]_jj times row j of H⁻¹ is taken
+    from the columns that follow, and column j is eliminated from H⁻¹ (no Cholesky factor anywhere).
+    """
+    current, restored = np.array(weight, np.float64), np.zeros(weight.shape)
+    hessian = np.array(gram, np.float64) * 2.0 / tokens
+    dead = np.diag(hessian) == 0
+    hessian[dead, dead] = 1.0
+    current[:, dead] = 0.0
+    hessian[np.diag_indices_from(hessian)] += damping * np.diag(hessian).mean()
+    inverse = np.linalg.inv(hessian)
+    for j in range(current.shape[1]):
+        if j % group_size == 0:
+            group = j // group_size
+            span = slice(j, j + group_size)
+            levels = [naive_levels(row[span], int(b)) for row, b in zip(current, bits[:, group], strict=True)]
+        for i in range(len(current)):
+            restored[i, j] = levels[i][np.abs(levels[i] - current[i, j]).argmin()]
+        error = (current[:, j] - restored[:, j]) / inverse[j, j]
+        current[:, j + 1 :] -= np.outer(error, inverse[j, j + 1 :])
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return restored
+
+
+def plane_words(codes, bits, block_rows, group_size):
+    """Planes of permuted codes [N, K] with bits [row_blocks, groups], one word and one bit at a time (DESIGN 4)."""
+    rows, cols = codes.shape
+    words = []
+    for group in range(bits.shape[1]):
+        for block in range(bits.shape[0]):
+            for word in range(group_size // 32):
+                for plane in range(int(bits[block, group])):
+                    for row in range(block * block_rows, (block + 1) * block_rows):
+                        value = 0
+                        for t in range(32):
+                            col = group * group_size + 32 * word + t
+                            if row < rows and col < cols:
+                                value |= ((int(codes[row, col]) >> plane) & 1) << t
+                        words.append(value - (1 << 32) if value >> 31 else value)
+    return np.array(words, dtype=np.int32)
+
+
+def stored_weight(planes, alpha, beta, block_bits, row_perm, col_perm, block_rows, group_size):
+    """Weight [N, K] in natural order from the stored tensors, float64, one weight at a time."""
+    rows, cols = len(row_perm), len(col_perm)
+    weight = np.empty((rows, cols))
+    starts, total = {}, 0
+    for group in range(block_bits.shape[0]):
+        for block in range(block_bits.shape[1]):
+            starts[group, block] = total
+            total += int(block_bits[group, block]) * block_rows * (group_size // 32)
+    for row in range(rows):
+        block, inner = divmod(row, block_rows)
+        for col in range(cols):
+            group, place = divmod(col, group_size)
+            bits = int(block_bits[group, block])
+            signed = 0
+            for plane in range(bits):
+                word = int(planes[starts[group, block] + ((place // 32) * bits + plane) * block_rows + inner])
+                signed += (1 << plane) * (1 if (word >> (place % 32)) & 1 else -1)
+            weight[row_perm[row], col_perm[col]] = float(alpha[group, row]) * signed + float(beta[group, row])
+    return weight

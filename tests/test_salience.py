@@ -169,7 +169,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def test_peak_memory_is_accumulators_and_one_gradient_and_activations():
-    sizes = (256,) * 9 + (8,)  # eight equal matrices of 256 KiB; the activations of a sample are 1 KiB a layer
+    sizes = (256,) * 9 + (8,)  # eight equal matrices of 256 KiB; activations are 1 KiB a layer
     model, samples = classifier(sizes)
     one, accumulators = 4 * 256 * 256, 4 * (8 * 256 * 256 + 8 * 256)
     activations = 1 << 15
@@ -196,7 +196,8 @@ def test_model_is_left_as_found(tiny_llama):
     found = fisher_salience(model, token_windows(1))
     assert found["model.layers.1.mlp.up_proj"].max() > 0  # frozen by its owner, measured all the same
     assert [m.training for m in model.modules()] == modes and model.config.use_cache is True
-    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["model.layers.1.mlp.up_proj.weight"]
+    still_frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert still_frozen == ["model.layers.1.mlp.up_proj.weight"]
     assert frozen.grad is None and torch.equal(kept.grad, torch.ones_like(kept))
     assert [n for n, p in model.named_parameters() if p.grad is not None] == ["model.norm.weight"]
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())

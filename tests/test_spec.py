@@ -20,13 +20,15 @@ def small_plan(seed=0, names=("b.proj", "a.proj"), **fields):
     """A random plan of 70 x 96 matrices in blocks of 32 x 32."""
     rng = np.random.default_rng(seed)
     spec = QuantSpec(**{"bpw": 4.0, "group_size": 32, "block_rows": 32, **fields})
-    return Plan(spec, {name: MatrixPlan(rng.permutation(70), rng.permutation(96), rng.choice(spec.levels, (3, 3)))
-                       for name in names})
+    return Plan(spec, {
+        name: MatrixPlan(rng.permutation(70), rng.permutation(96), rng.choice(spec.levels, (3, 3)))
+        for name in names
+    })
 
 
 def run_python(code):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize("module", ["sfmp", "sfmp.spec"])
@@ -49,16 +51,17 @@ def test_public_names_resolve_and_unknown_ones_do_not():
 
 @st.composite
 def specs(draw):
-    levels = draw(st.one_of(st.just("auto"), st.sets(st.integers(1, 8), min_size=1).map(lambda s: tuple(sorted(s)))))
+    fixed = st.sets(st.integers(1, 8), min_size=1).map(lambda s: tuple(sorted(s)))
+    levels = draw(st.one_of(st.just("auto"), fixed))
     group_size = 32 * draw(st.integers(1, 16))
     low, high = (1, 8) if levels == "auto" else (levels[0], levels[-1])
     wbits = draw(st.floats(low, high))
     choice = {name: draw(st.sampled_from(values)) for name, values in {
         "reorder": ["both", "rows", "cols", "none"], "method": ["awq", "gptq", "rtn"],
         "scope": ["global", "layer", "matrix"], "objective": ["paper", "measured"]}.items()}
-    return QuantSpec(bpw=wbits + 32 / group_size, group_size=group_size, block_rows=draw(st.integers(1, 4096)),
-                     levels=levels, skip=tuple(draw(st.lists(st.text(max_size=8), max_size=3))),
-                     seed=draw(st.integers(0, 2**31)), **choice)
+    skip = tuple(draw(st.lists(st.text(max_size=8), max_size=3)))
+    return QuantSpec(bpw=wbits + 32 / group_size, group_size=group_size, levels=levels, skip=skip,
+                     block_rows=draw(st.integers(1, 4096)), seed=draw(st.integers(0, 2**31)), **choice)
 
 
 @given(specs())
@@ -75,7 +78,7 @@ def test_budget_is_whole_and_within_one_bit_of_the_target(spec, weights):
 
 
 def test_budget_reads_bpw_as_a_decimal():
-    # In binary, (2.3 - 0.25) * 100 is 204.99999999999997: a truncated product would lose a bit, and so a block.
+    # In binary, (2.3 - 0.25) * 100 is 204.99999999999997: truncated, it would lose a bit, and so a block.
     assert QuantSpec(bpw=2.3).budget_bits(100) == 205
     assert QuantSpec(bpw=2.25, group_size=128, levels=(2,)).budget_bits(7) == 14
 
@@ -91,14 +94,15 @@ def test_auto_levels_are_floor_and_ceil_of_the_code_bits(bpw, group_size, expect
 @pytest.mark.parametrize("fields, message", [
     ({"bpw": 1.0}, r"bpw.*2\.25\.\.4\.25"), ({"bpw": 4.5}, "choose bpw in 2.25..4.25"),
     ({"bpw": 3.3, "levels": (3,)}, "3.25..3.25"), ({"bpw": 9, "levels": "auto"}, "1.25..8.25"),
-    ({"bpw": "3"}, "finite number"), ({"bpw": float("nan")}, "finite number"), ({"bpw": True}, "finite number"),
-    ({"group_size": 100}, "multiple of 32"), ({"group_size": 0}, "group_size"), ({"group_size": 64.0}, "integer"),
-    ({"group_size": -1}, "group_size"), ({"block_rows": 0}, "block_rows"), ({"block_rows": True}, "block_rows"),
-    ({"levels": ()}, "levels"), ({"levels": (3, 2)}, "increasing"), ({"levels": (2, 2)}, "increasing"),
-    ({"levels": (0, 3)}, "1..8"), ({"levels": (2, 9)}, "1..8"), ({"levels": "all"}, "auto"), ({"levels": 3}, "tuple"),
-    ({"levels": (2.5, 3)}, "integer"), ({"reorder": "row"}, "both, rows, cols, none"), ({"method": None}, "awq"),
-    ({"scope": "model"}, "global"), ({"objective": "loss"}, "measured"), ({"skip": "lm_head"}, r"write \(name,\)"),
-    ({"skip": (1,)}, "module names"), ({"seed": -1}, "seed"),
+    ({"bpw": "3"}, "finite number"), ({"bpw": float("nan")}, "finite number"),
+    ({"bpw": True}, "finite number"), ({"group_size": 100}, "multiple of 32"),
+    ({"group_size": 0}, "group_size"), ({"group_size": 64.0}, "integer"), ({"group_size": -1}, "group_size"),
+    ({"block_rows": 0}, "block_rows"), ({"block_rows": True}, "block_rows"), ({"levels": ()}, "levels"),
+    ({"levels": (3, 2)}, "increasing"), ({"levels": (2, 2)}, "increasing"), ({"levels": (0, 3)}, "1..8"),
+    ({"levels": (2, 9)}, "1..8"), ({"levels": "all"}, "auto"), ({"levels": 3}, "tuple"),
+    ({"levels": (2.5, 3)}, "integer"), ({"reorder": "row"}, "both, rows, cols, none"),
+    ({"method": None}, "awq"), ({"scope": "model"}, "global"), ({"objective": "loss"}, "measured"),
+    ({"skip": "lm_head"}, r"write \(name,\)"), ({"skip": (1,)}, "module names"), ({"seed": -1}, "seed"),
 ])
 def test_invalid_specs_say_what_was_expected(fields, message):
     with pytest.raises(SfmpError, match=message):
@@ -185,7 +189,7 @@ def test_invalid_plans_name_the_matrix():
     plan = small_plan()
     good = plan["a.proj"]
     for matrix, message in [
-        (MatrixPlan(np.zeros(70, int), good.col_perm, good.bits), r"plan\[a.proj\].row_perm.*permutation of 0..69"),
+        (MatrixPlan(np.zeros(70, int), good.col_perm, good.bits), r"a.proj\].row_perm.*permutation of 0..69"),
         (MatrixPlan(good.row_perm, good.col_perm + 1, good.bits), r"plan\[a.proj\].col_perm"),
         (MatrixPlan(good.row_perm, good.col_perm * 1.0, good.bits), "integer"),
         (MatrixPlan(good.row_perm, good.col_perm, good.bits[:2]), r"\(3, 3\), found \(2, 3\)"),
@@ -205,7 +209,8 @@ def test_damaged_plan_files_are_refused(tmp_path):
     path = tmp_path / "plan.safetensors"
     small_plan().save(path)
     whole, tensors = path.read_bytes(), load_file(path)
-    meta = {"sfmp_plan": json.dumps({"format_version": 1, "spec": small_plan().spec.to_dict(), "hash": "0" * 64})}
+    record = {"format_version": 1, "spec": small_plan().spec.to_dict(), "hash": "0" * 64}
+    meta = {"sfmp_plan": json.dumps(record)}
     for write, message in [
         (lambda: path.write_bytes(whole[:-10]), "damaged"),
         (lambda: save_file(tensors, path), "format_version"),
