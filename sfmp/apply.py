@@ -137,7 +137,7 @@ class _Job:
             if is_chain(self.model, [layer for _, layer in stack], _probe(windows))
         ]
         prefixes = [prefix for stack in stacks for prefix, _ in stack]
-        inside = {n for n in self.linears if any(n == p or n.startswith(p + ".") for p in prefixes)}
+        inside = [n for n in self.linears if any(n == p or n.startswith(p + ".") for p in prefixes)]
         outside = [name for name in self.linears if name not in inside]
         # AWQ works on the full-precision model, GPTQ on what comes out of the layers already quantized.
         if outside and self.spec.method == "awq":
@@ -231,7 +231,8 @@ def _planned_linears(model, plan):
             found = "nothing of that name" if module is None else type(module).__name__
             raise SfmpError(f"{name}: the plan expects an nn.Linear, found {found}; is it for this model?")
         if tuple(module.weight.shape) != matrix.shape:
-            raise SfmpError(f"{name}: the plan expects shape {matrix.shape}, found {tuple(module.weight.shape)}")
+            found = tuple(module.weight.shape)
+            raise SfmpError(f"{name}: the plan expects shape {matrix.shape}, found {found}")
         linears[name] = module
     return linears
 

@@ -99,8 +99,8 @@ def _observe(layer, planned, inspected, groups, batches, probe, index) -> _Seen:
     """Run all batches through the layer once."""
     seen = _Seen()
     leaders = shared_inputs(layer, probe, index, planned)
-    linears = {*planned, *(name for group in groups for name in group.linears[:1])}
-    watched = {name: layer.get_submodule(name) for name in linears | inspected}
+    linears = {*planned, *(group.linears[0] for group in groups)}
+    watched = {name: layer.get_submodule(name) for name in sorted(linears | inspected)}
 
     def see(name, args, kwargs):
         if name in inspected and first:

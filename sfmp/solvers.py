@@ -194,8 +194,8 @@ def inverse_cholesky(hessian):
                 return factor, DAMPING * step
     raise SfmpError(
         f"gptq: no damping up to {DAMPING * DAMPING_STEPS[-1]:g} of the mean diagonal makes the Hessian "
-        f"positive definite (mean diagonal {float(mean):.3g}); expected finite activations; check the windows, "
-        "or run the model in float32"
+        f"positive definite (mean diagonal {float(mean):.3g}); expected finite activations; check the "
+        "windows, or run the model in float32"
     )
 
 

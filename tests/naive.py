@@ -90,8 +90,8 @@ def naive_levels(group, bit):
 def gptq(weight, gram, tokens, bits, group_size, damping=0.01):
     """Textbook GPTQ in float64: explicit inverse Hessian, one column at a time, bits per (row, group).
 
-    Optimal brain surgeon form: after column j is rounded, its error over [H⁻¹]_jj times row j of H⁻¹ is taken
-    from the columns that follow, and column j is eliminated from H⁻¹ (no Cholesky factor anywhere).
+    Optimal brain surgeon form: after column j is rounded, its error over [H⁻¹]_jj times row j of H⁻¹ is
+    taken from the columns that follow, and column j is eliminated from H⁻¹ (no Cholesky factor anywhere).
     """
     current, restored = np.array(weight, np.float64), np.zeros(weight.shape)
     hessian = np.array(gram, np.float64) * 2.0 / tokens

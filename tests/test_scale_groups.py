@@ -1,0 +1,171 @@
+"""Scale groups: found on known and unknown architectures, never used unless the model stays the same."""
+
+import pytest
+import torch
+from torch import nn
+
+from sfmp.scale_groups import ScaleGroup, find_groups, fold
+from sfmp.walk import Batch, capture, find_layers
+
+
+def _model(kind, **changes):
+    import transformers as hf
+
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+    gated = small | {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    options = {
+        "Llama": gated,
+        "Qwen2": gated,
+        "Qwen3": gated | {"head_dim": 16},
+        "Gemma2": gated | {"head_dim": 16},
+        "Phi3": gated | {"pad_token_id": 0},
+        "GPTNeoX": small | {"intermediate_size": 128, "max_position_embeddings": 64},
+        "OPT": small | {"ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 64},
+    }[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(hf, f"{kind}ForCausalLM")(getattr(hf, f"{kind}Config")(**(options | changes))).eval()
+        for name, parameter in model.named_parameters():  # norms and biases away from 1 and 0
+            if parameter.ndim == 1:
+                parameter.data += 0.2 * torch.rand_like(parameter)
+            elif "norm" not in name:
+                parameter.data *= 4.0
+    return model
+
+
+def _first_layer(model, tokens=24):
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    (stack,) = find_layers(model, names)
+    windows = torch.arange(tokens)[None] * 7 % 96
+    (probe,) = capture(model, [layer for _, layer in stack], [windows])
+    prefix, layer = stack[0]
+    return layer, probe, [n[len(prefix) + 1:] for n in names if n.startswith(prefix + ".")], windows
+
+
+EXPECTED = {
+    "Llama": {"input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"},
+    "Qwen2": {"input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"},
+    "Qwen3": {"input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"},
+    "Gemma2": {"input_layernorm", "self_attn.v_proj", "pre_feedforward_layernorm", "mlp.up_proj"},
+    "Phi3": {"input_layernorm", "post_attention_layernorm"},
+    "GPTNeoX": {"input_layernorm", "post_attention_layernorm"},
+    "OPT": {"self_attn_layer_norm", "self_attn.v_proj", "final_layer_norm", "fc1"},
+}
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_folding_leaves_the_model_unchanged(kind):
+    model = _model(kind)
+    layer, probe, planned, windows = _first_layer(model)
+    groups, refused = find_groups(layer, probe, 0, planned)
+    assert {g.previous for g in groups} == EXPECTED[kind] and not refused
+    with torch.no_grad():
+        before = model(windows).logits
+        for group in groups:
+            scale = torch.exp(torch.randn(layer.get_submodule(group.previous).weight.shape[0]) * 0.5)
+            fold(layer, group, scale)
+        change = model(windows).logits - before
+    assert change.abs().max() < 1e-3 * before.std()
+
+
+def test_a_wrong_fold_changes_the_model():
+    """The check above can fail: query and output projection are no scale group."""
+    model = _model("Llama", num_key_value_heads=4)
+    layer, _, _, windows = _first_layer(model)
+    with torch.no_grad():
+        before = model(windows).logits
+        fold(layer, ScaleGroup("self_attn.q_proj", ("self_attn.o_proj",), "", "rows"), torch.rand(64) + 0.5)
+        assert (model(windows).logits - before).abs().max() > 0.05 * before.std()
+
+
+def test_grouped_query_value_to_output():
+    layer, probe, planned, _ = _first_layer(_model("Llama"))
+    group = next(g for g in find_groups(layer, probe, 0, planned)[0] if g.previous == "self_attn.v_proj")
+    assert group.head_dim == 16
+    # 4 query heads read 2 value heads in pairs.
+    assert group.channels(layer).view(4, 16)[:, 0].tolist() == [0, 0, 16, 16]
+
+
+def test_norms_of_one_plus_weight_are_recognised():
+    layer, probe, planned, _ = _first_layer(_model("Gemma2"))
+    forms = {g.previous: g.form for g in find_groups(layer, probe, 0, planned)[0]}
+    assert forms["input_layernorm"] == "one_plus_weight" and forms["mlp.up_proj"] == "rows"
+
+
+def test_post_norm_layer_is_refused_by_name():
+    """OPT-350m style: the norm's output is also the residual, so scaling it would change the model."""
+    model = _model("OPT", do_layer_norm_before=False)
+    layer, probe, planned, _ = _first_layer(model)
+    groups, refused = find_groups(layer, probe, 0, planned)
+    assert "final_layer_norm" not in {g.previous for g in groups}
+    assert any("fc1" in sentence and "without an AWQ scale" in sentence for sentence in refused)
+
+
+def test_shared_parameters_are_never_scaled():
+    layer, probe, planned, _ = _first_layer(_model("Llama"))
+    shared = {id(layer.mlp.up_proj.weight)}
+    previous = {g.previous for g in find_groups(layer, probe, 0, planned, shared)[0]}
+    assert previous == {"input_layernorm", "self_attn.v_proj"}
+
+
+def test_finding_groups_leaves_the_weights_alone():
+    layer, probe, planned, _ = _first_layer(_model("GPTNeoX"))
+    before = {n: p.clone() for n, p in layer.named_parameters()}
+    find_groups(layer, probe, 0, planned)
+    assert all(torch.equal(p, before[n]) for n, p in layer.named_parameters())
+
+
+class _Strange(nn.Module):
+    """No known names: a gated block whose gate is not linear and whose value path is."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
+        self.n = nn.LayerNorm(32)
+        self.register_buffer("unused", torch.zeros(1))
+
+    def forward(self, x):
+        y = self.n(x)
+        return x + self.c(torch.sigmoid(self.a(y)) * self.b(y))
+
+
+def test_unknown_architecture_is_discovered():
+    torch.manual_seed(0)
+    layer, probe = _Strange().eval(), Batch(torch.randn(16, 32))
+    groups, refused = find_groups(layer, probe, 0, ["a", "b", "c"])
+    assert [(g.previous, g.linears) for g in groups] == [("n", ("a", "b")), ("b", ("c",))] and not refused
+
+
+def test_relu_pairs_and_only_those():
+    torch.manual_seed(0)
+    relu = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
+    groups, _ = find_groups(relu, Batch(torch.randn(8, 16)), 0, ["0", "2", "4"])
+    assert [(g.previous, g.linears) for g in groups] == [("0", ("2",))]
+
+
+def test_half_precision_norms_fold_exactly():
+    """The linears get the scale that rounding the norm to bfloat16 left, not the one asked for."""
+    torch.manual_seed(0)
+    layer = _Strange().eval()
+    layer.n.weight.data = (torch.rand(32) + 0.5).to(torch.bfloat16).float()
+    layer.n.bias.data.zero_()
+    x = torch.randn(16, 32)
+    with torch.no_grad():
+        before = layer(x)
+        fold(layer, ScaleGroup("n", ("a", "b"), "", "weight"), torch.rand(32) + 0.5, torch.bfloat16)
+        assert torch.equal(layer.n.weight, layer.n.weight.to(torch.bfloat16).float())
+        assert (layer(x) - before).abs().max() < 1e-5
+
+
+def test_a_linear_called_twice_is_in_no_group():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.n, self.a = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.a(self.a(self.n(x)))
+
+    torch.manual_seed(0)
+    groups, _ = find_groups(Twice().eval(), Batch(torch.randn(4, 8)), 0, ["a"])
+    assert groups == []
