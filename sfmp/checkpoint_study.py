@@ -11,20 +11,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sfmp.checks import SfmpError
-from sfmp.linear import SFMPLinear
+from sfmp.hf import quantized_layers
 from sfmp.pack import pack
-
-
-def quantized_layers(model) -> dict[str, SFMPLinear]:
-    """Every SFMPLinear of a model by dotted name; SfmpError if there is none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, SFMPLinear)}
-    if not found:
-        raise SfmpError(
-            f"model: expected at least one SFMPLinear, found none in {type(model).__name__}; quantize it "
-            f"first."
-        )
-    return found
 
 
 def packing_table(model) -> pd.DataFrame:
@@ -134,8 +122,6 @@ def integration_table(folder, tokens) -> pd.DataFrame:
         ``nn.Linear`` with the dequantized weights (largest difference / largest logit; passed at 1e-4).
     """
     from transformers import AutoModelForCausalLM
-
-    import sfmp.hf  # registers the quantizer  # noqa: F401
 
     first = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     with tempfile.TemporaryDirectory() as copy:

@@ -77,8 +77,15 @@ def _arguments(path, row) -> dict:
 
 
 def load_tables(paths, **more: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Read result tables (CSV files) by file stem; `more` adds frames that were computed on the spot."""
-    return {Path(path).stem: pd.read_csv(path) for path in paths} | more
+    """Read result tables (CSV files, or folders of them) by file stem; `more` adds frames that were
+    computed on the spot.
+    """
+    files = [
+        file
+        for path in map(Path, paths)
+        for file in (sorted(path.glob("*.csv")) if path.is_dir() else [path])
+    ]
+    return {file.stem: pd.read_csv(file) for file in files} | more
 
 
 def allocation_speed(blocks: int = 1_000_000, seed: int = 0) -> pd.DataFrame:

@@ -9,17 +9,63 @@ been run.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from sfmp.checks import SfmpError
+from sfmp.provenance import base_directory
 
 SMALL = {"n_windows": 4, "seqlen": 128}  # stand-ins: seconds on one core, enough to see every effect
+EMBEDDED = {
+    "runs": "config/runs.tsv",
+    "paper": "config/paper_values.tsv",
+    "claims": "config/claims.tsv",
+    "evals": "results/embedded/eval",
+    "quantized": "results/embedded/quantized",
+    "tables": "results/embedded/tables",
+}
 TEXTS = {
     "embedded": ("python:calibration", "python:evaluation"),
     "hub": ("hub:allenai/c4:en:train", "hub:Salesforce/wikitext:wikitext-2-raw-v1:test"),
 }
+
+
+def declared(run, name: str):
+    """Path, or list of paths, of a results input; of the embedded tier where the notebook was given none."""
+    if name in run.inputs:
+        return run.inputs[name]
+    path = base_directory() / EMBEDDED[name]
+    if not path.exists():
+        raise SfmpError(
+            f"{path}: expected the results of the embedded tier, found none; run `snakemake --cores 8` first."
+        )
+    return path
+
+
+def results(run):
+    """The design joined with every evaluation and record of quantization
+    (:func:`sfmp.records.load_results`).
+    """
+    from sfmp.records import load_results
+
+    return load_results(declared(run, "runs"), declared(run, "evals"), declared(run, "quantized"))
+
+
+def paper_values(run):
+    """Numbers transcribed from the paper (:func:`sfmp.tables.read_paper_values`)."""
+    from sfmp.tables import read_paper_values
+
+    return read_paper_values(declared(run, "paper"))
+
+
+def tables(run, **more):
+    """Every result table by name (:func:`sfmp.claims.load_tables`), and frames computed on the spot."""
+    from sfmp.claims import load_tables
+
+    found = declared(run, "tables")
+    return load_tables(found if isinstance(found, list) else [found], **more)
 
 
 def load_model(source: str, dtype: str = "float32"):
@@ -72,6 +118,21 @@ def documents(source: str, split: str) -> list[str]:
     return data.load_text(TEXTS["embedded" if local else "hub"][split == "evaluation"])
 
 
+def evaluation_set(source: str, tokenizer, n_windows: int, seqlen: int):
+    """Windows for perplexity, int64 [n, seqlen], and the UTF-8 bytes per token of their text.
+
+    Texts of the Hub are used whole, as the paper's protocol does; of the Python corpus, `n_windows` evenly
+    spaced windows are
+    taken, so that every run of the embedded tier costs seconds. Source: METHOD §1.10.
+    """
+    from sfmp import data
+
+    found, bytes_per_token = data.evaluation_windows(documents(source, "evaluation"), tokenizer, seqlen)
+    if source == "embedded" or Path(source).is_dir():
+        found = found[:: max(1, len(found) // n_windows)][:n_windows].contiguous()
+    return found, bytes_per_token
+
+
 def windows(run, tokenizer, split: str = "calibration"):
     """Token windows, int64 [n, seqlen]: the declared input ``windows``, or a few cut from the Python
     corpus.
@@ -104,6 +165,7 @@ def checkpoint(run, spec: Mapping | None = None) -> Path:
         return run.inputs["checkpoint"]
     from sfmp.allocate import make_plan
     from sfmp.apply import quantize_model
+    from sfmp.hf import save_checkpoint
     from sfmp.spec import QuantSpec
 
     model, tokenizer = load_model("embedded")
@@ -111,8 +173,7 @@ def checkpoint(run, spec: Mapping | None = None) -> Path:
     plan = make_plan(salience(run, model, tokenizer), QuantSpec.from_dict(chosen), model)
     quantize_model(model, plan, windows(run, tokenizer))
     folder = Path(tempfile.mkdtemp(prefix="sfmp-checkpoint-"))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_checkpoint(model, folder, tokenizer)
     return folder
 
 
@@ -140,9 +201,26 @@ def load_tokenizer(source: str):
     return AutoTokenizer.from_pretrained(name, **({"revision": revision} if revision else {}))
 
 
-def task_items(names, items: int | None = None, seed: int = 0) -> dict[str, list[dict]]:
-    """Items of the named zero-shot tasks, `items` of each (all that the task has by default)."""
-    from sfmp import tasks
+def perplexity(model, tokens, seqlen: int) -> float:
+    """:func:`sfmp.evaluate.perplexity`, with each packed matrix dequantized once instead of at every call."""
+    from sfmp import evaluate
 
-    chosen = {} if items is None else {"items": items}
-    return {name: tasks.build(name, seed=seed, **chosen) for name in names}
+    with _dequantized_once(model):
+        return evaluate.perplexity(model, tokens, seqlen)
+
+
+def zero_shot(model, tokenizer, names, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Scores of the named zero-shot tasks (see :func:`sfmp.evaluate.accuracy`); empty if none is named."""
+    from sfmp import evaluate, tasks
+
+    if not names:
+        return {}
+    with _dequantized_once(model):
+        return evaluate.accuracy(model, tokenizer, {name: tasks.build(name, seed=seed) for name in names})
+
+
+def _dequantized_once(model):
+    from sfmp.linear import SFMPLinear, keep_dequantized
+
+    packed = any(isinstance(module, SFMPLinear) for module in model.modules())
+    return keep_dequantized(model) if packed else contextlib.nullcontext()
