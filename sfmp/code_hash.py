@@ -1,7 +1,7 @@
 """Hash of the code a notebook runs: the syntax trees of every module of this repository it reaches by import.
 
-Snakemake sees a notebook change, but not a change in the modules the notebook imports; this hash goes into a rule's
-``params`` so that a real edit reruns the rule, and an edit of comments, docstrings or formatting does not.
+Snakemake sees a notebook change, but not a change in the modules the notebook imports; this hash goes into a
+rule's ``params`` so that a real edit reruns the rule, and an edit of comments, docstrings or layout does not.
 """
 
 from __future__ import annotations
@@ -17,8 +17,20 @@ from sfmp.checks import SfmpError
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("sfmp", "kernels_numba")
 
-# Modules that decide what runs and how it is shown, never a number: an edit there must not rerun hours of work.
-BYSTANDERS = frozenset({"sfmp", "sfmp.workflow", "sfmp.design", "sfmp.environment", "sfmp.locks", "sfmp.code_hash", "sfmp.report", "sfmp.provenance"})
+# Modules that decide what runs and how it is shown, never a number: an edit there must not rerun hours.
+BYSTANDERS = frozenset(
+    {
+        "sfmp",
+        "sfmp.workflow",
+        "sfmp.design",
+        "sfmp.environment",
+        "sfmp.locks",
+        "sfmp.code_hash",
+        "sfmp.report",
+        "sfmp.provenance",
+        "sfmp.notebook_paths",
+    }
+)
 
 
 def _path(module: str) -> Path | None:
@@ -70,7 +82,7 @@ def imported_modules(tree: ast.AST, module: str = "", is_package: bool = False) 
             names = [base] + [f"{base}.{alias.name}" for alias in node.names]
             if base == "sfmp":
                 names += [_public_names().get(alias.name, "") for alias in node.names]
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sfmp":
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "sfmp":
             names = [f"sfmp.{node.attr}", _public_names().get(node.attr, "")]
         else:
             continue
@@ -88,7 +100,9 @@ def closure(roots: set[str]) -> list[str]:
         seen.add(name)
         path = _path(name)
         if path is None:
-            raise SfmpError(f"code hash: module {name} has no file under {', '.join(PACKAGES)}; correct its name.")
+            raise SfmpError(
+                f"code hash: module {name} has no file under {', '.join(PACKAGES)}; correct its name"
+            )
         todo |= imported_modules(_tree(path), name, path.name == "__init__.py") - seen
     return sorted(seen)
 
@@ -97,8 +111,11 @@ def _strip_docstrings(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) \
-                    and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 node.body = node.body[1:]
     return tree
 
@@ -133,14 +150,20 @@ def notebook_source(path: Path) -> str:
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SfmpError(f"{path}: expected a Jupyter notebook (nbformat 4), found {error!r}; restore the file.") \
-            from error
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    return "\n".join(line for line in "\n".join(code).splitlines() if not line.lstrip().startswith(("%", "!")))
+        raise SfmpError(
+            f"{path}: expected a Jupyter notebook (nbformat 4), found {error!r}; restore the file"
+        ) from error
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return "\n".join(line for line in code.splitlines() if not line.lstrip().startswith(("%", "!")))
 
 
-@cache
 def notebook_hash(path: Path) -> str:
     """Hash of the modules a notebook reaches by import; the notebook itself is a rule's input."""
-    roots = imported_modules(ast.parse(notebook_source(path), filename=str(path))) - BYSTANDERS
+    try:
+        tree = ast.parse(notebook_source(path), filename=str(path))
+    except SyntaxError as error:
+        raise SfmpError(
+            f"{path}: its code cells are not valid Python ({error.msg}: {error.text!r}); correct the notebook"
+        ) from error
+    roots = imported_modules(tree) - BYSTANDERS
     return code_hash(*sorted(roots))

@@ -1,4 +1,4 @@
-"""The experimental design: the configuration of a tier, its models and its runs, read and validated. No torch."""
+"""The experimental design: configuration of a tier, its models and its runs, read and validated. No torch."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
         raise SfmpError(f"{path}: expected a tab-separated table with a header, found {error}") from error
     for number, row in enumerate(rows, 1):
         if len(row) != len(header):
-            raise SfmpError(f"{path}, row {number} ({row[0] if row else 'empty'}): expected {len(header)} cells, found "
-                            f"{len(row)}; separate cells by one tab")
+            raise SfmpError(
+                f"{path}, row {number} ({row[0] if row else 'empty'}): expected {len(header)} cells, found "
+                f"{len(row)}; separate cells by one tab"
+            )
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
@@ -50,11 +52,17 @@ def validate(value: Mapping, schema: Mapping, where: str) -> None:
     """
     from jsonschema import Draft202012Validator
 
-    for error in sorted(Draft202012Validator(schema).iter_errors(value), key=lambda e: [str(p) for p in e.path]):
+    for error in sorted(
+        Draft202012Validator(schema).iter_errors(value), key=lambda e: [str(p) for p in e.path]
+    ):
         key = ".".join(str(part) for part in error.path)
         expected = error.schema.get("enum") or error.schema.get("pattern")
-        detail = f"expected {'one of ' if 'enum' in error.schema else 'text like '}{expected}, found " \
-                 f"{error.instance!r}" if expected else error.message
+        detail = (
+            f"expected {'one of ' if 'enum' in error.schema else 'text like '}{expected}, found "
+            f"{error.instance!r}"
+            if expected
+            else error.message
+        )
         raise SfmpError(f"{where}{', ' + key if key else ''}: {detail}")
 
 
@@ -72,11 +80,15 @@ class Design:
         tiers = sorted(path.stem for path in (folder / "tiers").glob("*.yaml"))
         tier = config.get("tier")
         if tier not in tiers:
-            raise SfmpError(f"config, tier: expected one of {', '.join(tiers)}, found {tier!r}; "
-                            "use e.g. --config tier=embedded")
+            raise SfmpError(
+                f"config, tier: expected one of {', '.join(tiers)}, found {tier!r}; "
+                "use e.g. --config tier=embedded"
+            )
         self.folder = folder
         self.config = {**read_yaml(folder / "tiers" / f"{tier}.yaml"), **config}
-        validate(self.config, read_yaml(folder / "schemas" / "config.schema.yaml"), f"configuration of tier {tier}")
+        validate(
+            self.config, read_yaml(folder / "schemas" / "config.schema.yaml"), f"configuration of tier {tier}"
+        )
         self.tier, self.results = tier, f"results/{tier}"
         every_model = self._table("models", "model")
         every_run = self._table("runs", "run")
@@ -84,17 +96,23 @@ class Design:
         for name, row in every_run.items():
             where = f"{folder / 'runs.tsv'}, row {name}"
             if row["model"] not in every_model:
-                raise SfmpError(f"{where}, model: expected one of {', '.join(every_model)}, found {row['model']!r}")
+                raise SfmpError(
+                    f"{where}, model: expected one of {', '.join(every_model)}, found {row['model']!r}"
+                )
             if not name.startswith(f"{row['model']}.{row['method']}"):
-                raise SfmpError(f"{where}, run: expected a name that starts with {row['model']}.{row['method']}, "
-                                f"found {name!r}")
+                raise SfmpError(
+                    f"{where}, run: expected a name that starts with {row['model']}.{row['method']}, "
+                    f"found {name!r}"
+                )
             self._check_settings(where, row)
         self.models = {name: row for name, row in every_model.items() if row["tier"] == tier}
         self.runs = {name: row for name, row in every_run.items() if row["model"] in self.models}
         self.quantized = [name for name, row in self.runs.items() if row["method"] != FP]
         if self.config["showcase"] not in self.quantized:
-            raise SfmpError(f"configuration of tier {tier}, showcase: expected a quantized run of runs.tsv, found "
-                            f"{self.config['showcase']!r}")
+            raise SfmpError(
+                f"configuration of tier {tier}, showcase: expected a quantized run of runs.tsv, found "
+                f"{self.config['showcase']!r}"
+            )
 
     def _table(self, name: str, key: str) -> dict[str, dict[str, str]]:
         path = self.folder / f"{name}.tsv"
@@ -103,7 +121,9 @@ class Design:
         for row in read_table(path):
             validate(row, schema, f"{path}, row {row.get(key)}")
             if row[key] in rows:
-                raise SfmpError(f"{path}, row {row[key]}, {key}: listed twice; every {key} needs a name of its own")
+                raise SfmpError(
+                    f"{path}, row {row[key]}, {key}: listed twice; every {key} needs a name of its own"
+                )
             rows[row[key]] = row
         return rows
 
@@ -148,8 +168,16 @@ def load_design(config: Mapping, folder: Path | str = "config") -> Design:
 def run_spec(row: Mapping[str, str]) -> QuantSpec:
     """Return the specification of a quantized row of runs.tsv."""
     levels = row["levels"] if row["levels"] == "auto" else [int(level) for level in row["levels"].split(",")]
-    return QuantSpec.from_dict({
-        "bpw": float(row["bpw"]), "group_size": int(row["group_size"]), "block_rows": int(row["block_rows"]),
-        "levels": levels, "reorder": row["reorder"], "method": row["method"].rpartition("-")[2],
-        "scope": row["scope"], "objective": row["objective"], "seed": int(row["seed"]),
-    })
+    return QuantSpec.from_dict(
+        {
+            "bpw": float(row["bpw"]),
+            "group_size": int(row["group_size"]),
+            "block_rows": int(row["block_rows"]),
+            "levels": levels,
+            "reorder": row["reorder"],
+            "method": row["method"].rpartition("-")[2],
+            "scope": row["scope"],
+            "objective": row["objective"],
+            "seed": int(row["seed"]),
+        }
+    )

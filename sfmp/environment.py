@@ -13,8 +13,23 @@ from pathlib import Path
 
 from sfmp.code_hash import ROOT, notebook_hash
 
-PACKAGES = ("accelerate", "datasets", "lm_eval", "matplotlib", "numba", "numpy", "pandas", "papermill", "safetensors",
-            "scipy", "seaborn", "snakemake", "tokenizers", "torch", "transformers")
+PACKAGES = (
+    "accelerate",
+    "datasets",
+    "lm_eval",
+    "matplotlib",
+    "numba",
+    "numpy",
+    "pandas",
+    "papermill",
+    "safetensors",
+    "scipy",
+    "seaborn",
+    "snakemake",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 
 
 def sha256_file(path: Path) -> str:
@@ -30,7 +45,8 @@ def fingerprint(path: Path) -> dict:
         return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
     files = sorted(p for p in path.rglob("*") if p.is_file())
     lines = [f"{p.relative_to(path).as_posix()}\0{sha256_file(p)}\n" for p in files]
-    return {"sha256": hashlib.sha256("".join(lines).encode()).hexdigest(), "bytes": sum(p.stat().st_size for p in files)}
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    return {"sha256": digest, "bytes": sum(p.stat().st_size for p in files)}
 
 
 @functools.cache
@@ -101,22 +117,23 @@ def peak_gpu_memory() -> int | None:
     return torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_available() else None
 
 
-def code_state(notebook: str) -> dict:
+def code_state(notebook: Path) -> dict:
     """Return the hash of the modules a notebook reaches, the sha256 of the notebook, and the git commit."""
-    path = ROOT / "notebooks" / f"{notebook}.ipynb"
-    known = path.is_file()
+    known = notebook.is_file()
     return {
-        "modules": notebook_hash(path) if known else None,
-        "notebook_sha256": sha256_file(path) if known else None,
+        "modules": notebook_hash(notebook) if known else None,
+        "notebook_sha256": sha256_file(notebook) if known else None,
         **git_state(),
     }
 
 
 def git_state() -> dict:
     """Return commit and whether tracked files differ from it; both None outside a git checkout."""
+
     def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(ROOT), *arguments]
         try:
-            done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -1,8 +1,8 @@
-"""Recovery from ``kill -9``: release the lock of a Snakemake that is dead, and end the notebooks it left running.
+"""Recovery from ``kill -9``: release the lock of a dead Snakemake, and end the notebooks it left running.
 
-Snakemake locks a working directory with files that name no process, so after ``kill -9`` it refuses to start until it
-is told ``--unlock``. Each run of ours therefore notes who holds the lock; the next one releases a lock only if its
-holder ran on this machine and is gone. Anything else is left to Snakemake.
+Snakemake locks a working directory with files that name no process, so after ``kill -9`` it refuses to start
+until it is told ``--unlock``. Each run of ours therefore notes who holds the lock; the next one releases a lock
+only if its holder ran on this machine and is gone. Anything else is left to Snakemake.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def own_mark() -> str:
 def take_lock() -> None:
     """Note that this process works in the directory; called when execution starts."""
     value = {"host": platform.node(), "mark": own_mark(), "pid": os.getpid()}
-    write_atomically(HOLDERS / f"{os.getpid()}.json", lambda path: path.write_text(json.dumps(value), encoding="utf-8"))
+    write_atomically(
+        HOLDERS / f"{os.getpid()}.json", lambda path: path.write_text(json.dumps(value), encoding="utf-8")
+    )
 
 
 def leave_lock() -> None:
@@ -67,12 +69,13 @@ def release_stale_lock() -> str | None:
     psutil.wait_procs(orphans, timeout=10)
     for path in (*locks, *notes):
         path.unlink(missing_ok=True)
-    return ("An earlier run here was killed; released its lock"
-            + (f" and ended {len(orphans)} processes it had left running." if orphans else "."))
+    return "An earlier run here was killed; released its lock" + (
+        f" and ended {len(orphans)} processes it had left running." if orphans else "."
+    )
 
 
 def _carries(process, marks: set[str]) -> bool:
-    """Whether a process was started by a run with one of these marks; another user's processes can not be read, nor be ours."""
+    """Whether a process was started by a run with one of these marks; unreadable processes are not ours."""
     import psutil
 
     try:

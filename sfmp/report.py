@@ -1,4 +1,4 @@
-"""Closing steps of the workflow: executed notebooks to HTML, the summary with the table of costs, and publication.
+"""Closing steps of the workflow: executed notebooks to HTML, the summary and the table of costs, publication.
 
 ``python -m sfmp.report html|summary|publish``; called by the Snakefile.
 """
@@ -44,7 +44,9 @@ def render_notebooks(logs: Path, index: Path) -> list[Path]:
 
     sources = sorted(logs.rglob("*.ipynb"))
     if not sources:
-        raise SfmpError(f"{logs}: expected executed notebooks, found none; run the workflow first (snakemake)")
+        raise SfmpError(
+            f"{logs}: expected executed notebooks, found none; run the workflow first (snakemake)"
+        )
     exporter = HTMLExporter(template_name="basic")
     pages = []
     for source in sources:
@@ -53,9 +55,11 @@ def render_notebooks(logs: Path, index: Path) -> list[Path]:
         title = source.relative_to(logs).with_suffix("").as_posix()
         _write(page, _page(title, body))
         pages.append(page)
-    links = "".join(f'<li><a href="{page.relative_to(index.parent).as_posix()}">'
-                    f"{html.escape(page.relative_to(index.parent).with_suffix('').as_posix())}</a></li>\n"
-                    for page in pages)
+    links = "".join(
+        f'<li><a href="{page.relative_to(index.parent).as_posix()}">'
+        f"{html.escape(page.relative_to(index.parent).with_suffix('').as_posix())}</a></li>\n"
+        for page in pages
+    )
     _write(index, _page("Executed notebooks", f"<h1>Executed notebooks</h1>\n<ul>\n{links}</ul>"))
     print(f"{len(pages)} pages under {index.parent}")
     return pages
@@ -68,8 +72,10 @@ table{border-collapse:collapse;font-size:13px}td,th{padding:.2em .6em;border-bot
 
 
 def _page(title: str, body: str) -> str:
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-            f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
 
 
 def _write(path: Path, text: str) -> None:
@@ -84,18 +90,26 @@ def publish(results: Path, reference: Path) -> list[Path]:
     SfmpError
         If a result has no manifest, or the evidence is too large to commit.
     """
-    files = [path for folder in ("tables", "figures") for path in sorted((results / folder).glob("*"))
-             if path.suffix in PUBLISHED] + [results / "claims.csv"]
+    files = [
+        path
+        for folder in ("tables", "figures")
+        for path in sorted((results / folder).glob("*"))
+        if path.suffix in PUBLISHED
+    ] + [results / "claims.csv"]
     manifests = sorted(results.rglob("*.manifest.json"))
     described = {output["path"] for path in manifests for output in json.loads(path.read_text())["outputs"]}
     orphans = [str(path) for path in files if path.as_posix() not in described]
     if orphans:
-        raise SfmpError(f"{orphans}: no manifest says how these came about; rerun their rules before publishing")
+        raise SfmpError(
+            f"{orphans}: no manifest says how these came about; rerun their rules before publishing"
+        )
     sizes = {path: path.stat().st_size for path in files}
     large = [f"{path} ({size} bytes)" for path, size in sizes.items() if size > LARGEST_FILE]
     if large or sum(sizes.values()) > LARGEST_TOTAL:
-        raise SfmpError(f"evidence too large to commit ({sum(sizes.values())} bytes in all): {large}; expected at most "
-                        f"{LARGEST_FILE} bytes a file and {LARGEST_TOTAL} in all")
+        raise SfmpError(
+            f"evidence too large to commit ({sum(sizes.values())} bytes in all): {large}; expected at most "
+            f"{LARGEST_FILE} bytes a file and {LARGEST_TOTAL} in all"
+        )
     if reference.is_dir():
         shutil.rmtree(reference)
     copies = []
@@ -104,8 +118,11 @@ def publish(results: Path, reference: Path) -> list[Path]:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
         copies.append(copy)
-    lines = [json.dumps(json.loads(path.read_text())) for path in manifests
-             if path.parent.name in ("tables", "figures") or path.name.startswith("claims")]
+    lines = [
+        json.dumps(json.loads(path.read_text()))
+        for path in manifests
+        if path.parent.name in ("tables", "figures") or path.name.startswith("claims")
+    ]
     _write(reference / "manifests.jsonl", "\n".join(lines) + "\n")
     print(f"{len(copies)} files copied to {reference}; review and commit them")
     return copies

@@ -1,4 +1,4 @@
-"""What the Snakefile calls: inputs, logs and parameters of the rules, resource caps, closing words. No torch."""
+"""What the Snakefile calls: inputs, logs and parameters of rules, resource caps, closing words. No torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,22 @@ from sfmp.design import FP, Design, load_design, read_yaml, run_spec
 from sfmp.environment import available_cores, available_memory_mb
 from sfmp.locks import leave_lock, own_mark, release_stale_lock, take_lock
 
-__all__ = ["NOTEBOOKS", "Rules", "SOURCES", "available_cores", "closing_words", "code_hash", "job_threads", "leave_lock",
-           "load_design", "notebook_params", "own_mark", "release_stale_lock", "stage_code", "take_lock"]
+__all__ = [
+    "NOTEBOOKS",
+    "Rules",
+    "SOURCES",
+    "available_cores",
+    "closing_words",
+    "code_hash",
+    "job_threads",
+    "leave_lock",
+    "load_design",
+    "notebook_params",
+    "own_mark",
+    "release_stale_lock",
+    "stage_code",
+    "take_lock",
+]
 
 SOURCES = ("fisher", "magnitude", "activation", "random")
 
@@ -38,7 +52,7 @@ COMMON = ("out", "inputs", "seed", "tier")
 
 
 class Rules:
-    """Inputs, logs and parameters that the rules of one tier share; the Snakefile names them, this looks them up.
+    """Inputs, logs and parameters that the rules of a tier share: the Snakefile names them, this looks them up.
 
     Methods whose argument is `wildcards` are input functions of Snakemake.
     """
@@ -53,7 +67,10 @@ class Rules:
 
     def logs(self, stem: str) -> dict[str, str]:
         """The executed notebook, a log so that it survives a failure, and what papermill printed."""
-        return {name: f"{self.design.results}/logs/{stem}.{kind}" for name, kind in (("notebook", "ipynb"), ("text", "txt"))}
+        return {
+            name: f"{self.design.results}/logs/{stem}.{kind}"
+            for name, kind in (("notebook", "ipynb"), ("text", "txt"))
+        }
 
     def params(self, rule: str) -> dict:
         """Parameters of the notebook, and the hash of the modules it reaches."""
@@ -88,9 +105,10 @@ class Rules:
 
 
 def notebook_params(design: Design, rule: str):
-    """Return the ``params`` function of a rule: its notebook's parameters as one JSON string (papermill ``-y``).
+    """Return the ``params`` function of a rule: the parameters of its notebook as one JSON string.
 
-    Every named output becomes an entry of `out` (a figure by its PNG), every named input but `notebook` one of `inputs`.
+    Every named output becomes an entry of `out` (a figure by its PNG), every named input but `notebook` one of
+    `inputs`.
     """
     if rule not in NOTEBOOKS:
         raise SfmpError(f"rule {rule!r} runs no notebook; expected one of {', '.join(NOTEBOOKS)}")
@@ -110,8 +128,11 @@ def _notebook_json(design: Design, rule: str, wildcards, input, output) -> str:
         "n_windows": design.config["n_windows"],
         "seqlen": design.config["seqlen"],
         "out": {name: _one_path(value) for name, value in output.items()},
-        "inputs": {name: value if isinstance(value, str) else list(value)
-                   for name, value in input.items() if name != "notebook"},
+        "inputs": {
+            name: value if isinstance(value, str) else list(value)
+            for name, value in input.items()
+            if name != "notebook"
+        },
         "seed": int(row["seed"]) if hasattr(wildcards, "run") else design.config["seed"],
         "tier": design.tier,
     }
@@ -126,16 +147,16 @@ def _one_path(value) -> str:
 
 
 def stage_code(rule: str, folder: Path | str = "notebooks") -> str:
-    """Hash of the modules the notebook of a rule reaches; "" until the notebook exists (Snakemake then says so)."""
+    """Hash of the modules a rule's notebook reaches; "" while the notebook is missing (Snakemake says so)."""
     path = Path(folder) / f"{NOTEBOOKS[rule][0]}.ipynb"
     return notebook_hash(path.resolve()) if path.is_file() else ""
 
 
 def job_threads(cores: int | None, mem_mb: int, alone: bool = False) -> int:
-    """Return the threads a rule asks for, so that the jobs running together fit the machine whatever ``--cores`` says.
+    """Return the threads a rule asks for, so that jobs running together fit the machine whatever ``--cores`` is.
 
-    A job computes on one core. With ``--cores`` above the machine's it asks for more of them, so that no more jobs run
-    together than the machine has cores, or memory for.
+    A job computes on one core. With ``--cores`` above the machine's it asks for more of them, so that no more jobs
+    run together than the machine has cores, or memory for.
 
     Parameters
     ----------
@@ -160,20 +181,30 @@ def job_threads(cores: int | None, mem_mb: int, alone: bool = False) -> int:
 
 
 def closing_words(design: Design, seconds: float | None = None, failed: bool = False) -> str:
-    """Return what is printed when a run ends: what ran, how long, where the results are, what a bigger tier needs."""
+    """Return what is printed at the end: what ran, how long, where results are, what a bigger tier needs."""
     stages: dict[str, dict[str, float]] = {}
     for path in sorted(Path(design.results).rglob("*.manifest.json")):
         manifest = json.loads(path.read_text(encoding="utf-8"))
         stages.setdefault(manifest["notebook"], {})[manifest["started"]] = manifest["wall_seconds"]
-    lines = ["", f"SFMP replication, tier {design.tier}: "
-             + ("STOPPED; the failing rule's log is above, the same command continues" if failed else "done")
-             + (f" after {seconds:.0f} s" if seconds is not None else "")]
-    lines += [f"  {name:<24}{len(times):4} notebook runs {sum(times.values()):8.0f} s" for name, times in stages.items()]
-    lines += [f"  results   {design.results}/tables, figures, claims.csv, html/index.html, report.html",
-              "  evidence  every result has a manifest beside it: <file>.manifest.json"]
+    lines = [
+        "",
+        f"SFMP replication, tier {design.tier}: "
+        + ("STOPPED; the failing rule's log is above, the same command continues" if failed else "done")
+        + (f" after {seconds:.0f} s" if seconds is not None else ""),
+    ]
+    lines += [
+        f"  {name:<24}{len(times):4} notebook runs {sum(times.values()):8.0f} s"
+        for name, times in stages.items()
+    ]
+    lines += [
+        f"  results   {design.results}/tables, figures, claims.csv, html/index.html, report.html",
+        "  evidence  every result has a manifest beside it: <file>.manifest.json",
+    ]
     for path in sorted((design.folder / "tiers").glob("*.yaml")):
         needs = read_yaml(path)["needs"]
         if path.stem != design.tier:
-            lines.append(f"  tier {path.stem} ({needs['status']} here): {needs['hardware']}; disk {needs['disk']}; "
-                         f"time {needs['time']}\n    snakemake --cores 8 --config tier={path.stem}")
+            lines.append(
+                f"  tier {path.stem} ({needs['status']} here): {needs['hardware']}; disk {needs['disk']}; "
+                f"time {needs['time']}\n    snakemake --cores 8 --config tier={path.stem}"
+            )
     return "\n".join(lines)
