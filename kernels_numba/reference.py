@@ -155,7 +155,7 @@ def signed_sums(x: np.ndarray, table_width: int) -> np.ndarray:
     >>> signed_sums(np.array([[1.0, 10.0]]), 2).tolist()
     [[[-11.0, -9.0, 9.0, 11.0]]]
     """
-    parts = x.reshape(len(x), -1, table_width)
+    parts = x.reshape(len(x), x.shape[1] // table_width, table_width)
     tables = np.zeros((*parts.shape[:2], 1), x.dtype)
     for t in range(table_width):
         term = parts[:, :, t : t + 1]
