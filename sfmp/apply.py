@@ -61,7 +61,7 @@ def quantize_model(model, plan, windows=None, *, progress=False):
     method = plan.spec.method
     if method != "rtn":
         windows = _checked_windows(model, windows, method)
-    training = [module for module in model.modules() if module.training]
+    training = [name for name, module in model.named_modules() if module.training]
     model.eval()
     report = {"method": method, "matrices": {}, "refused": []}
     try:
@@ -73,8 +73,8 @@ def quantize_model(model, plan, windows=None, *, progress=False):
             else:
                 job.calibrated(windows)
     finally:
-        for module in training:
-            module.training = True
+        for name in training:  # by name: most of these modules have just been replaced
+            model.get_submodule(name).training = True
     for sentence in report["refused"]:
         warnings.warn(f"awq: {sentence}", stacklevel=2)
     model.sfmp_report = report
@@ -126,8 +126,7 @@ class _Job:
                 row_perm=matrix.row_perm, col_perm=matrix.col_perm, bias=linear.bias,
             )
             parent, _, child = name.rpartition(".")
-            module = SFMPLinear.from_packed(packed).to(linear.weight.device)
-            module.training = linear.training
+            module = SFMPLinear.from_packed(packed).to(linear.weight.device).eval()
             setattr(self.model.get_submodule(parent), child, module)
 
     def calibrated(self, windows):

@@ -204,10 +204,10 @@ def find_groups(layer: nn.Module, probe: Batch, index: int, planned, shared=froz
         covered.update(linears)
         group = _prove(layer, probe, index, seen, previous, linears, inspected, shared)
         if group is None:
-            refused.append(
-                f"dividing {previous} and multiplying {', '.join(linears)} changes the output of "
-                f"{type(layer).__name__}; these linears are quantized without an AWQ scale"
-            )
+            tied = any(id(p) in shared for n in linears for p in layer.get_submodule(n).parameters())
+            why = "would change a shared weight" if tied else f"changes the output of {type(layer).__name__}"
+            refused.append(f"dividing {previous} and multiplying {', '.join(linears)} {why}; "
+                           "these linears are quantized without an AWQ scale")
         else:
             groups.append(group)
     for linears in _readers(seen, [n for n in planned if n in seen.inputs and n not in covered]):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -112,10 +113,11 @@ def capture(model: nn.Module, layers: list[nn.Module], groups: list[torch.Tensor
     """
     batches: list[Batch] = []
     templates: dict[tuple, list] = {}
-    data_dependent = False
-    for number, windows in enumerate(groups):
+    data_dependent, count = False, Counter()
+    for windows in groups:
         shape = tuple(windows.shape)
-        full = data_dependent or shape not in templates or (number == 1 and shape == tuple(groups[0].shape))
+        count[shape] += 1
+        full = data_dependent or count[shape] <= 2
         batch = _capture_one(model, layers, windows, full)
         if not full:
             batch.calls = templates[shape]

@@ -71,7 +71,8 @@ def test_search_keeps_the_function_and_returns_full_precision_outputs():
         before = block(tokens)
     norm = block.norm.weight.detach().clone()
     batches = [Batch(tokens[:200]), Batch(tokens[200:])]
-    outputs, _, _ = search_layer(block, {"proj": _matrix(24, 64)}, batches, Batch(tokens[:8]), 0, SPEC, torch.float32)
+    plan, probe = {"proj": _matrix(24, 64)}, Batch(tokens[:8])
+    outputs, _, _ = search_layer(block, plan, batches, probe, 0, SPEC, torch.float32)
     with torch.no_grad():
         after = block(tokens)
     assert not torch.allclose(block.norm.weight, norm)
@@ -113,7 +114,8 @@ def test_clipping_lowers_the_output_error():
     lower, upper = search_clip(weight, tokens, matrix, SPEC)
 
     def error(stats):
-        difference = dequantize(rtn(weight, stats, matrix, SPEC)) - weight[matrix.row_perm][:, matrix.col_perm]
+        permuted = weight[matrix.row_perm][:, matrix.col_perm]
+        difference = dequantize(rtn(weight, stats, matrix, SPEC)) - permuted
         return float((tokens[:, matrix.col_perm] @ difference.T).square().sum())
 
     assert error(Stats(lower=lower, upper=upper)) < 0.9 * error(None)
