@@ -17,7 +17,7 @@ def base_directory() -> Path:
 def relative(path: Path) -> str:
     """`path` relative to the base directory where it lies inside, so that manifests name no one's home."""
     path, base = Path(path), base_directory()
-    return path.relative_to(base).as_posix() if path.isrelative_to(base) else str(path)
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
 
 
 class Outputs(Mapping):
