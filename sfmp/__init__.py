@@ -6,7 +6,8 @@ resolved on first use::
     from sfmp import QuantSpec, fisher_salience, make_plan, quantize_model
 """
 
-import importlib
+import importlib.util
+import pkgutil
 
 from sfmp import register as _register
 
@@ -20,11 +21,6 @@ _PUBLIC = {
     "Quantized": "quantize", "PackedMatrix": "pack", "SFMPLinear": "linear",
     "SFMPConfig": "hf", "SFMPQuantizer": "hf",
 }
-_SUBMODULES = frozenset({
-    "allocate", "apply", "awq", "bench", "claims", "data", "embedded", "evaluate", "hf", "linear", "pack",
-    "plots", "provenance", "quantize", "reorder", "salience", "scale_groups", "solvers", "spec", "tables",
-    "tasks", "train", "workflow",
-})
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
@@ -34,13 +30,13 @@ def __getattr__(name: str):
         value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
         globals()[name] = value
         return value
-    if name in _SUBMODULES:
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    return sorted({*globals(), *__all__, *(module.name for module in pkgutil.iter_modules(__path__))})
 
 
 _register.install()

@@ -69,11 +69,18 @@ def allocate(losses, weights, levels, budget_bits: int, tie_salience) -> np.ndar
     slopes = slopes / weights[:, None]
     real = gained > 0
     owner = np.nonzero(real)[0]  # block of each step, in block order and, inside a block, in level order
-    order = np.lexsort((-tie_salience[owner], -slopes[real]))  # stable: equal steps keep that order
-    cost = (gained * weights[:, None])[real][order]
-    taken = np.searchsorted(np.cumsum(cost), room, side="right")
-    chosen = np.zeros(len(owner), dtype=bool)
-    chosen[order[:taken]] = True
+    slope, cost = slopes[real], (gained * weights[:, None])[real]
+    chosen = np.ones(len(owner), dtype=bool)
+    order = np.argsort(-slope)
+    fitting = np.searchsorted(np.cumsum(cost[order]), room, side="right")
+    if fitting < len(order):
+        # The order inside a tie matters only at the threshold itself, so a full stable sort is not needed.
+        threshold = slope[order[fitting]]
+        chosen = slope > threshold
+        tied = np.flatnonzero(slope == threshold)
+        tied = tied[np.argsort(-tie_salience[owner[tied]], kind="stable")]
+        left = room - int(cost[chosen].sum())
+        chosen[tied[:np.searchsorted(np.cumsum(cost[tied]), left, side="right")]] = True
     bits = levels[0] + np.bincount(owner[chosen], weights=gained[real][chosen], minlength=blocks)
     return bits.astype(np.uint8)
 

@@ -119,7 +119,7 @@ def test_auto_plan_is_the_quantile_rule_of_equation_7():
 
 
 def test_three_levels_have_the_closed_form_ratio():
-    # METHOD.md 1.3: 4 bits where the salience is 5.68 times the one where 3 bits begin; 13.0 with the cube that
+    # METHOD.md 1.3: 4 bits begin at 5.68 times the salience where 3 bits do; at 13.0 with the cube that
     # 1.12 #5 tells of.
     sums = np.geomspace(1, 1000, 4001)
     matrix = np.repeat(sums[:, None] / 32, 32, axis=1)
