@@ -53,7 +53,7 @@ def paired(frame: pd.DataFrame, left: Mapping, right: Mapping, metric: str) -> p
     Budgets are matched per model, and per method too unless the selections name the methods themselves.
     """
     keys = ["model", "bpw"] if "method" in left else ["model", "method", "bpw"]
-    if frame.empty:
+    if frame.empty or not {*keys, metric} <= set(frame):
         return pd.DataFrame(columns=["left", "right"])
     sides = [rows(frame, where).groupby(keys)[metric].mean() for where in (left, right)]
     return pd.concat(sides, axis=1, keys=["left", "right"]).dropna()
@@ -83,7 +83,7 @@ def not_worse(tables, *, table, better, worse, metric="perplexity", lower=True):
 def monotone(tables, *, table, where, x="bpw", metric="perplexity", falling=True):
     """Does `metric` fall (or rise) at every step of `x`? direction-only if only its ends do."""
     frame = rows(tables.get(table, pd.DataFrame()), where)
-    if len(frame) < 2:
+    if len(frame) < 2 or not {x, metric} <= set(frame):
         return outcome("not-run", "", f"fewer than two points in {table}")
     curve = frame.groupby(x)[metric].mean().sort_index()
     steps = np.diff(curve) * (-1 if falling else 1)
@@ -100,7 +100,8 @@ def non_monotone(tables, *, table, factor, metric="perplexity", where=None):
     """
     frame = rows(tables.get(table, pd.DataFrame()), where or {})
     found = []
-    for bpw, part in frame.groupby("bpw") if len(frame) else ():
+    complete = len(frame) and {"bpw", factor, metric} <= set(frame)
+    for bpw, part in frame.groupby("bpw") if complete else ():
         curve = part.groupby(factor)[metric].mean().sort_index()
         if len(curve) >= 3:
             found.append((bpw, curve.idxmin(), curve.index[0] < curve.idxmin() < curve.index[-1]))
@@ -130,7 +131,7 @@ def budget_met(tables, *, table):
 def control_first(tables, *, table, metric="perplexity"):
     """Does the fp control beat every quantized run of its model? The gate of all other verdicts."""
     frame = tables.get(table, pd.DataFrame())
-    if frame.empty or FP not in set(frame.method):
+    if not {"method", "model", metric} <= set(frame) or FP not in set(frame.method):
         return outcome("not-run", "", f"no {FP} row in {table}")
     control = frame[frame.method == FP].groupby("model")[metric].min()
     others = frame[frame.method != FP]
