@@ -121,8 +121,10 @@ class _Job:
             original = linear.weight.detach().to(torch.float32)
             error = (self.natural(name, q) - original).norm() / original.norm().clamp_min(1e-30)
             self.report["matrices"].setdefault(name, {})["relative_error"] = float(error)
+            # One row block needs no padding beyond the matrix: the bit map is the same, the planes are not.
+            block_rows = min(q.block_rows, len(q.codes))
             packed = pack(
-                q.codes, q.scales, q.zeros, q.bits, group_size=q.group_size, block_rows=q.block_rows,
+                q.codes, q.scales, q.zeros, q.bits, group_size=q.group_size, block_rows=block_rows,
                 row_perm=matrix.row_perm, col_perm=matrix.col_perm, bias=linear.bias,
             )
             parent, _, child = name.rpartition(".")
