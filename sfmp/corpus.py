@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import string
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -36,6 +37,7 @@ PACKAGES = tuple(
 PACKAGE_BYTES = 6_000_000  # no package may dominate: at most this much of each
 FILE_BYTES = 300_000  # longer files are tables more often than programs
 SPLITS = ("train", "calibration", "evaluation")
+_ASCII_LETTERS = string.ascii_letters.encode()
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _read(path: Path) -> str:
         text = path.read_text("utf-8")
     except UnicodeDecodeError:
         return ""
-    lines, letters = text.count("\n") + 1, sum(map(str.isalpha, text))
+    lines, letters = text.count("\n") + 1, len(text) - len(text.encode().translate(None, _ASCII_LETTERS))
     return text if len(text) >= 200 and len(text) / lines <= 80 and letters >= len(text) / 2 else ""
 
 

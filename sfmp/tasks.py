@@ -3,7 +3,7 @@ modules.
 
 ``next_line``   the line that follows, against other lines of the same file with the same indentation.
 ``identifier``  the name used next, against other names in sight, all of which occur earlier in the context.
-``docstring``   the first line of a function's documentation, against those of other functions of the module.
+``docstring``   the first line of a function's or class's documentation, against those of others in the file.
 
 Items are a function of (documents, seed) only. They run through lm-eval like any other task (:mod:`sfmp.evaluate`).
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 
 from sfmp.corpus import Document, stdlib_documents
@@ -22,22 +23,24 @@ CHOICES = 4
 CONTEXT_LINES = 5  # lines of code before the question
 ITEMS = 300
 
-Item = dict[str, object]  # {"question": str, "choices": [str] * 4, "answer": int}
+Item = dict[str, object]  # built: question, choices (4 str), answer (index); candidate: question, right, wrong (pool)
 
 
 def next_line_items(document: Document) -> Iterable[Item]:
     """Yield items that ask for the next line; choices are distinct lines of equal indentation, 12 to 60 characters
     long."""
     lines = document.text.splitlines()
+    by_indent = defaultdict(list)
+    for line in sorted(set(filter(_is_code, lines))):
+        by_indent[_indent(line)].append(line)
     for position in range(CONTEXT_LINES, len(lines)):
         line = lines[position]
         if not _is_code(line):
             continue
-        indent = len(line) - len(line.lstrip())
-        rivals = {x for x in lines if _is_code(x) and len(x) - len(x.lstrip()) == indent and x != line}
+        rivals = by_indent[_indent(line)]  # shared: the line itself is among them
         context = lines[position - CONTEXT_LINES : position]
-        if len(rivals) >= CHOICES - 1 and line not in context and all(x.strip() for x in context[-2:]):
-            yield {"question": "\n".join(context) + "\n", "right": line, "wrong": sorted(rivals)}
+        if len(rivals) >= CHOICES and line not in context and all(x.strip() for x in context[-2:]):
+            yield {"question": "\n".join(context) + "\n", "right": line, "wrong": rivals}
 
 
 def identifier_items(document: Document) -> Iterable[Item]:
@@ -51,25 +54,27 @@ def identifier_items(document: Document) -> Iterable[Item]:
         context = "\n".join([*lines[node.lineno - 1 - CONTEXT_LINES : node.lineno - 1], line[: node.col_offset]])
         names = {name for name in re.findall(r"[A-Za-z_]\w{2,}", context) if name not in _WORDS}
         if node.id in names and len(names) >= CHOICES and line[: node.col_offset].strip():
-            yield {"question": context, "right": node.id, "wrong": sorted(names - {node.id})}
+            yield {"question": context, "right": node.id, "wrong": sorted(names)}
 
 
 def docstring_items(document: Document) -> Iterable[Item]:
-    """Yield items that ask for the first line of a function's docstring, given its signature."""
+    """Yield items that ask for the first line of the docstring of a function or class, given its signature."""
     lines = document.text.splitlines()
-    nodes = ast.walk(ast.parse(document.text))
-    functions = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(n)]
-    firsts = {ast.get_docstring(n).splitlines()[0].strip() for n in functions}
-    firsts = {text for text in firsts if 10 <= len(text) <= 100}
-    for node in functions:
-        text = ast.get_docstring(node).splitlines()[0].strip()
-        header = "\n".join(lines[node.lineno - 1 : node.body[0].lineno - 1])
-        if text in firsts and len(firsts) >= CHOICES and len(header) <= 300:
-            indent = " " * node.body[0].col_offset
-            yield {"question": f'{header}\n{indent}"""', "right": text, "wrong": sorted(firsts - {text})}
+    found = {}  # question → first line of the docstring
+    for node in ast.walk(ast.parse(document.text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            start = node.body[0].value
+            opening, text = _OPENING.match(lines[start.lineno - 1][start.col_offset :]).groups()
+            question = "\n".join([*lines[node.lineno - 1 : start.lineno - 1], " " * start.col_offset + opening])
+            if 10 <= len(text) <= 100 and len(question) <= 400:
+                found[question] = text
+    firsts = sorted(set(found.values()))
+    if len(firsts) >= CHOICES:
+        yield from ({"question": question, "right": text, "wrong": firsts} for question, text in found.items())
 
 
 TASKS = {"next_line": next_line_items, "identifier": identifier_items, "docstring": docstring_items}
+_OPENING = re.compile(r"([rRuU]?(?:\"{3}|'{3}|\"|'))\s*(.*?)\s*(?:\"{3}|'{3}|\"|')?$")
 _WORDS = frozenset(
     "and for not del try def self None True False else elif from with while class return import raise pass the".split()
 )
@@ -112,9 +117,14 @@ def build(task: str, items: int = ITEMS, seed: int = 0, documents: list[Document
 
 
 def _shuffled(item: Item, rng: random.Random) -> Item:
-    choices = [item["right"], *rng.sample(item["wrong"], CHOICES - 1)]
+    wrong = [choice for choice in item["wrong"] if choice != item["right"]]
+    choices = [item["right"], *rng.sample(wrong, CHOICES - 1)]
     rng.shuffle(choices)
     return {"question": item["question"], "choices": choices, "answer": choices.index(item["right"])}
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _is_code(line: str) -> bool:

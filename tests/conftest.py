@@ -33,3 +33,11 @@ def tiny_llama():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The shipped model (fp32, eval mode) and its tokenizer; treat both as read-only, or copy.deepcopy the model."""
+    from sfmp.embedded import load
+
+    return load()

@@ -151,3 +151,16 @@ def stored_weight(planes, alpha, beta, block_bits, row_perm, col_perm, block_row
                 signed += (1 << plane) * (1 if (word >> (place % 32)) & 1 else -1)
             weight[row_perm[row], col_perm[col]] = float(alpha[group, row]) * signed + float(beta[group, row])
     return weight
+
+
+def perplexity(logits, windows):
+    """exp of the mean over windows of the mean −log p of tokens 1… given logits [T, vocabulary] per window."""
+    means = []
+    for rows, window in zip(logits, windows, strict=True):
+        losses = []
+        for position in range(len(window) - 1):
+            row = [float(v) for v in rows[position]]
+            top = max(row)
+            losses.append(top + np.log(sum(np.exp(v - top) for v in row)) - row[window[position + 1]])
+        means.append(sum(losses) / len(losses))
+    return float(np.exp(sum(means) / len(means)))
