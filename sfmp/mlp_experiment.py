@@ -29,7 +29,7 @@ WBITS = (2.25, 2.5, 2.75, 3.25, 3.5)
 ARMS = ("fisher", "magnitude", "random")
 
 
-def make_task(seed: int = 0, samples: int = 6000):
+def make_task(seed: int = 0, samples: int = 30_000):
     """Sample inputs and teacher labels.
 
     Returns
@@ -45,7 +45,7 @@ def make_task(seed: int = 0, samples: int = 6000):
     return inputs, (torch.relu(inputs @ first) @ last).argmax(1)
 
 
-def train_student(inputs, labels, seed: int = 0, steps: int = 600):
+def train_student(inputs, labels, seed: int = 0, steps: int = 1000):
     """Train the 64-128-128-10 student with Adam; float32, in evaluation mode when returned."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
