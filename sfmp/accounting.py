@@ -63,10 +63,8 @@ def checkpoint_table(folder) -> pd.DataFrame:
     -------
     pandas.DataFrame
         One row per quantized matrix: `module, out_features, in_features, weights`, bytes of `planes`,
-        `scales` (alpha and
-        beta) and `overhead` (permutations and bit map), and `bpw_stored` = 8 x all three / weights. A bias
-        is not a
-        quantized weight and is counted in the model's bytes only.
+        `scales` (alpha and beta) and `overhead` (permutations and bit map), and `bpw_stored` = 8 x all
+        three / weights. A bias is not a quantized weight and is counted in the model's bytes only.
 
     Source: DESIGN §2 and §4.
     """
@@ -113,8 +111,7 @@ def quantization_record(folder, plan, run: str) -> dict:
     -------
     dict
         `run, bpw` (achieved), `wbits, bpw_tolerance` (one block's largest increment, in bpw), `bpw_stored,
-        model_bytes,
-        quantized_weights, plan_hash`, `levels_used` as text.
+        model_bytes, quantized_weights, plan_hash`, `levels_used` as text.
     """
     table = checkpoint_table(folder)
     weights = int(table.weights.sum())

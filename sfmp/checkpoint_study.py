@@ -22,8 +22,7 @@ def packing_table(model) -> pd.DataFrame:
     -------
     pandas.DataFrame
         `module, out_features, in_features, wbits, bpw, bpw_stored, bytes, round_trip` (True if every stored
-        tensor of the second
-        packing has the same bits as the first).
+        tensor of the second packing has the same bits as the first).
 
     Source: DESIGN §4, METHOD §1.9.
     """
@@ -61,10 +60,8 @@ def lut_table(
     -------
     pandas.DataFrame
         `module, table_width, table_bytes` (one fp16 table), `tables, table_entries, lookups,
-        multiplications`,
-        `dense_multiplications`, `build_share` (entries built / look-ups), `error` (largest |y − y64| /
-        largest |y64|, y64 =
-        product with the dequantized weight in float64).
+        multiplications`, `dense_multiplications`, `build_share` (entries built / look-ups), `error`
+        (largest |y − y64| / largest |y64|, y64 = product with the dequantized weight in float64).
 
     Source: METHOD §1.9, experiment K2.
     """
@@ -118,8 +115,8 @@ def integration_table(folder, tokens) -> pd.DataFrame:
     -------
     pandas.DataFrame
         `check, value, passed`: tensors equal and logits equal to the bit after the round trip, and logits
-        of SFMPLinear against
-        ``nn.Linear`` with the dequantized weights (largest difference / largest logit; passed at 1e-4).
+        of SFMPLinear against ``nn.Linear`` with the dequantized weights (largest difference / largest
+        logit; passed at 1e-4).
     """
     from transformers import AutoModelForCausalLM
 

@@ -1,8 +1,7 @@
 """Rules of the claims ledger: small named functions from result tables to a verdict.
 
 Rules see tables only, never files, so a verdict cannot rest on anything that is not in a published CSV. A
-rule never
-raises because data are missing: the verdict says so.
+rule never raises because data are missing: the verdict says so.
 """
 
 from __future__ import annotations

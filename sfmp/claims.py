@@ -1,8 +1,7 @@
 """Claims ledger: every claim of the paper, judged on our tables by one of a closed list of verdicts.
 
 A claim is a row of ``config/claims.tsv``; its `rule` names a function of :mod:`sfmp.claim_rules` and its
-`args` (one JSON
-object) are that function's keyword arguments.
+`args` (one JSON object) are that function's keyword arguments.
 """
 
 from __future__ import annotations
@@ -121,9 +120,8 @@ def evaluate(claims, tables: Mapping[str, pd.DataFrame], paper: pd.DataFrame) ->
     Notes
     -----
     Controls first: where the main table has no fp row, nothing measured can be judged, and every rule that
-    reads tables
-    returns ``not-run (no fp control)``. A claim whose control is beaten by a quantized run is shown by its
-    own row.
+    reads tables returns ``not-run (no fp control)``. A claim whose control is beaten by a quantized run is
+    shown by its own row.
     """
     ledger, judged = read_claims(claims), []
     ledger["expected"] = [_resolve(text, paper) for text in ledger.expected]

@@ -2,12 +2,9 @@
 salience.
 
 The task is computed, not downloaded: a fixed random teacher network labels Gaussian inputs whose
-coordinates differ in
-scale, as hidden features of trained networks do. A student is trained on it, then quantized by rounding
-with two
-bit-widths, floor and ceiling of the budget. Only the salience differs between the arms, so the difference
-in test
-loss is what knowing the salience is worth.
+coordinates differ in scale, as hidden features of trained networks do. A student is trained on it, then
+quantized by rounding with two bit-widths, floor and ceiling of the budget. Only the salience differs
+between the arms, so the difference in test loss is what knowing the salience is worth.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 they never save.
 
 Every figure is drawn from the frame that is published beside it as CSV. Colours are seaborn's colour-blind
-palette, and
-every series also has its own marker, so nothing is told by colour alone.
+palette, and every series also has its own marker, so nothing is told by colour alone.
 """
 
 from __future__ import annotations
@@ -160,8 +159,7 @@ def plain_log(axes, values) -> None:
 @styled
 def ablation(table: pd.DataFrame, factor: str, order: tuple = ()):
     """Perplexity against one factor of the method; one series per budget (and quantizer), the fp control as
-    a horizontal
-    line.
+    a horizontal line.
 
     Parameters
     ----------

@@ -52,8 +52,7 @@ def overview_data(weight, salience, spec: QuantSpec) -> pd.DataFrame:
     -------
     pandas.DataFrame
         Long: `panel` (a key of ``PANELS``), `row`, `col`, `value`. Panels 2 to 5 are in permuted order,
-        `error` is
-        |w − ŵ| in natural order after packing and unpacking, in the units of the weights.
+        `error` is |w − ŵ| in natural order after packing and unpacking, in the units of the weights.
 
     Source: METHOD §1.2 to §1.5 and §1.9.
     """

@@ -1,6 +1,5 @@
 """Figures of the pipeline itself: salience maps, bit maps, and a worked overview. Each has a ``*_data``
-function that computes
-the frame (published as CSV) and a drawing function that only draws that frame."""
+function that computes the frame (published as CSV) and a drawing function that only draws that frame."""
 
 from __future__ import annotations
 
@@ -96,8 +95,7 @@ def concentration(salience: Mapping, plan, top: float = 0.1) -> pd.DataFrame:
     -------
     pandas.DataFrame
         `name`, `top_share_before`, `top_share_after` (share of the salience in the top blocks), `ceiling`
-        (the same for
-        single weights, no block constraint), `gini_before`, `gini_after`.
+        (the same for single weights, no block constraint), `gini_before`, `gini_after`.
 
     Source: experiment A10 of METHOD §4.
     """

@@ -2,8 +2,7 @@
 run.
 
 The only inputs are ``runs.tsv``, ``eval/*.json`` and ``quantized/*.json``; no clock is read here, so
-everything made
-from the frame is reproducible to the byte.
+everything made from the frame is reproducible to the byte.
 """
 
 from __future__ import annotations
@@ -95,10 +94,9 @@ def load_results(runs, *sources) -> pd.DataFrame:
     -------
     pandas.DataFrame
         The rows of the design that were evaluated, in design order, with `perplexity`, `perplexity_ratio`
-        (over the fp
-        control of the same model), `acc`/`acc_norm` (unweighted mean over tasks, with `*_stderr`),
-        `retention` (acc over
-        the control's), `bpw_achieved`, `bpw_stored`, `wbits`, `model_bytes`, `manifest`.
+        (over the fp control of the same model), `acc`/`acc_norm` (unweighted mean over tasks, with
+        `*_stderr`), `retention` (acc over the control's), `bpw_achieved`, `bpw_stored`, `wbits`,
+        `model_bytes`, `manifest`.
 
     Raises
     ------

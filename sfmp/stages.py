@@ -2,9 +2,8 @@
 made on the spot.
 
 Every function takes the notebook's :class:`sfmp.provenance.Run`. If the input is declared it is read; if
-not, a small stand-in
-is computed from the model and the installed Python's own text, so no notebook depends on another one having
-been run.
+not, a small stand-in is computed from the model and the installed Python's own text, so no notebook depends
+on another one having been run.
 """
 
 from __future__ import annotations
@@ -122,8 +121,7 @@ def evaluation_set(source: str, tokenizer, n_windows: int, seqlen: int):
     """Windows for perplexity, int64 [n, seqlen], and the UTF-8 bytes per token of their text.
 
     Texts of the Hub are used whole, as the paper's protocol does; of the Python corpus, `n_windows` evenly
-    spaced windows are
-    taken, so that every run of the embedded tier costs seconds. Source: METHOD §1.10.
+    spaced windows are taken, so that every run of the embedded tier costs seconds. Source: METHOD §1.10.
     """
     from sfmp import data
 

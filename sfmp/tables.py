@@ -2,8 +2,7 @@
 typed.
 
 Timings are read by :func:`cost_table` alone, so every other table is reproducible to the byte; numbers of
-the paper come
-from ``config/paper_values.tsv`` alone.
+the paper come from ``config/paper_values.tsv`` alone.
 """
 
 from __future__ import annotations
@@ -73,8 +72,7 @@ def main_table(results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
     -------
     pandas.DataFrame
         Per run: settings, ours, `paper_perplexity`, `delta_perplexity`, `paper_acc`, `delta_acc` (NaN where
-        the paper has no
-        such row), task columns, `manifest`.
+        the paper has no such row), task columns, `manifest`.
 
     Source: experiment E1 of METHOD §4 (the paper's main table).
     """
