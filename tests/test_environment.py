@@ -23,7 +23,10 @@ def lines(name: str) -> list[str]:
 
 
 def lock() -> dict[str, str]:
-    return {canonicalize_name(name): version for name, version in (pin.split("==") for pin in lines("requirements.lock")[:-1])}
+    return {
+        canonicalize_name(name): version
+        for name, version in (pin.split("==") for pin in lines("requirements.lock")[:-1])
+    }
 
 
 def test_lock_pins_every_package_once_and_ends_with_the_project():
@@ -66,7 +69,9 @@ def test_lock_is_closed_under_the_requirements_of_what_is_installed():
             if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
                 continue
             pinned = pins.get(canonicalize_name(requirement.name))
-            cuda = requirement.name.startswith(("nvidia-", "cuda-toolkit", "triton"))  # pinned by torch's metadata
+            cuda = requirement.name.startswith(
+                ("nvidia-", "cuda-toolkit", "triton")
+            )  # pinned by torch's metadata
             if not cuda and (pinned is None or not requirement.specifier.contains(pinned, prereleases=True)):
                 wrong.append(f"{name} needs {requirement}, lock has {pinned}")
     assert not wrong, wrong
@@ -75,8 +80,19 @@ def test_lock_is_closed_under_the_requirements_of_what_is_installed():
 def test_installed_versions_are_those_of_the_lock():
     """Elsewhere (a GPU machine with its own torch) the tests may run too, but then they say so."""
     pins, other = lock(), {}
-    for name in ("torch", "transformers", "numpy", "snakemake", "papermill", "numba", "lm-eval", "tokenizers"):
-        installed = importlib.metadata.version(name).split("+")[0]  # a build label such as +cpu is the same version
+    for name in (
+        "torch",
+        "transformers",
+        "numpy",
+        "snakemake",
+        "papermill",
+        "numba",
+        "lm-eval",
+        "tokenizers",
+    ):
+        installed = importlib.metadata.version(name).split("+")[
+            0
+        ]  # a build label such as +cpu is the same version
         if installed != pins[name]:
             other[name] = f"{installed}, lock {pins[name]}"
     if other:
@@ -85,7 +101,9 @@ def test_installed_versions_are_those_of_the_lock():
 
 @pytest.mark.parametrize("command", [TEST_COMMAND, RUN_COMMAND])
 def test_readme_gives_the_two_commands(command):
-    commands = [line.split("  #")[0].strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    commands = [
+        line.split("  #")[0].strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    ]
     assert command in commands, f"README.md has no line with the command: {command}"
 
 

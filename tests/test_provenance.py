@@ -41,11 +41,25 @@ def test_manifest_names_inputs_outputs_parameters_and_environment(folder):
     run.record(tokens=np.int64(7))
     run.finish()
     manifest = json.loads(manifest_path(folder / "r/table.csv").read_text())
-    assert manifest["inputs"][0] == {"path": "in.txt", "sha256": hashlib.sha256(b"words").hexdigest(), "bytes": 5}
+    assert manifest["inputs"][0] == {
+        "path": "in.txt",
+        "sha256": hashlib.sha256(b"words").hexdigest(),
+        "bytes": 5,
+    }
     written = (folder / "r/table.csv").read_bytes()
-    assert manifest["outputs"] == [{"name": "table", "path": "r/table.csv", "sha256": hashlib.sha256(written).hexdigest(),
-                                    "bytes": len(written)}]
-    assert manifest["parameters"]["n_windows"] == 4 and manifest["seed"] == 3 and manifest["notes"] == {"tokens": 7}
+    assert manifest["outputs"] == [
+        {
+            "name": "table",
+            "path": "r/table.csv",
+            "sha256": hashlib.sha256(written).hexdigest(),
+            "bytes": len(written),
+        }
+    ]
+    assert (
+        manifest["parameters"]["n_windows"] == 4
+        and manifest["seed"] == 3
+        and manifest["notes"] == {"tokens": 7}
+    )
     assert manifest["versions"]["python"] and manifest["hardware"]["memory_bytes"] > 0
     assert manifest["peak_memory_bytes"] > 10_000_000 and manifest["wall_seconds"] >= 0
     assert set(manifest["code"]) == {"modules", "notebook_sha256", "commit", "dirty"}
