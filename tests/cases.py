@@ -13,7 +13,7 @@ from sfmp.spec import QuantSpec
 PLAN = SimpleNamespace(spec=QuantSpec(), hash="0" * 64)  # what attach reads of a plan
 
 
-def affine_case(seed, rows=40, cols=100, group_size=32, block_rows=16, levels=(1, 2, 3, 4, 5, 6, 7, 8), bias=False):
+def affine_case(seed, rows=40, cols=100, group_size=32, block_rows=16, levels=range(1, 9), bias=False):
     """Arguments of pack(): random codes, float16 scales, integer zeros, permutations."""
     rng = np.random.default_rng(seed)
     row_blocks, groups = -(-rows // block_rows), -(-cols // group_size)
@@ -38,7 +38,7 @@ def packed_case(seed, **options):
 
 
 def quantize_randomly(model, seed=0, skip=("lm_head",), group_size=32, block_rows=16):
-    """Replace every linear layer by random codes of random bit-widths, with scales that keep activations tame."""
+    """Replace every linear layer by random codes of random bit-widths; its scales keep activations tame."""
     names = [name for name, module in model.named_modules()
              if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in skip]
     for number, name in enumerate(names):

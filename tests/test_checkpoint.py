@@ -1,4 +1,4 @@
-"""A damaged checkpoint: each kind of damage is one SfmpError that names the tensor, raised out of from_pretrained."""
+"""Each kind of damage to a checkpoint is one SfmpError that names the tensor, out of from_pretrained."""
 
 import json
 
@@ -62,7 +62,7 @@ TENSOR_DAMAGE = {
     "alpha transposed": ("alpha", _replace("alpha", lambda t: t.T)),
     "bits 0": ("block_bits", _set("block_bits", (0, 0), 0)),
     "bits 9": ("block_bits", _set("block_bits", (0, 0), 9)),
-    "bits of other planes": ("planes", lambda t: t[f"{NAME}.block_bits"].copy_(t[f"{NAME}.block_bits"] % 8 + 1)),
+    "bits of other planes": ("planes", _replace("block_bits", lambda t: t % 8 + 1)),
     "bits swapped": ("planes", _replace("block_bits", lambda t: t.flip(0))),
     "row permutation repeats": ("row_perm", _set("row_perm", 0, 1)),
     "column permutation out of range": ("col_perm", _set("col_perm", 0, 64)),
@@ -80,6 +80,10 @@ def test_damaged_tensor(folder, damage):
     assert f"{NAME}.{key}: expected" in str(caught.value) and "found" in str(caught.value)
 
 
+def _copy_entry(config, name):
+    config["modules"][name] = config["modules"][NAME]
+
+
 CONFIG_DAMAGE = {
     "other version": ("format_version: expected 1, found 2", lambda c: c.update(format_version=2)),
     "no version": ("format_version: expected 1, found None", lambda c: c.pop("format_version")),
@@ -94,8 +98,8 @@ CONFIG_DAMAGE = {
     "other group size": (f"{NAME}.alpha", lambda c: c["modules"][NAME].update(group_size=64)),
     "other block rows": (f"{NAME}.block_bits", lambda c: c["modules"][NAME].update(block_rows=64)),
     "other shape": (f"{NAME}: expected a linear layer", lambda c: c["modules"][NAME].update(shape=[1, 2])),
-    "unknown module": ("model.layers.9.x", lambda c: c["modules"].update({"model.layers.9.x": c["modules"][NAME]})),
-    "not linear": ("model.norm: expected a linear", lambda c: c["modules"].update({"model.norm": c["modules"][NAME]})),
+    "unknown module": ("model.layers.9.x: expected", lambda c: _copy_entry(c, "model.layers.9.x")),
+    "not linear": ("model.norm: expected a linear", lambda c: _copy_entry(c, "model.norm")),
     "bias that is not there": (f"{NAME}.bias", lambda c: c["modules"][NAME].update(bias=True)),
 }
 

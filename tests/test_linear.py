@@ -75,8 +75,8 @@ def test_bias_follows_the_model(layer):
 
 def test_state_dict_round_trip_through_an_empty_layer(layer):
     packed = layer.packed
-    empty = SFMPLinear.empty(40, 100, group_size=32, block_rows=16, plane_words=packed.planes.numel(), bias=True,
-                             device="meta")
+    sizes = {"group_size": 32, "block_rows": 16, "plane_words": packed.planes.numel()}
+    empty = SFMPLinear.empty(40, 100, **sizes, bias=True, device="meta")
     assert {t.device.type for t in empty.buffers()} == {"meta"} and "SFMPLinear" in repr(empty)
     empty = empty.to_empty(device="cpu")
     assert [t.dtype for t in empty.buffers()] == [t.dtype for t in layer.buffers()]

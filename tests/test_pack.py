@@ -17,8 +17,8 @@ from sfmp.spec import SfmpError
 def cases(draw, largest=90):
     group_size = draw(st.sampled_from((32, 64, 96, 128, 256)))
     levels = draw(st.sets(st.integers(1, 8), min_size=1))
-    return affine_case(draw(st.integers(0, 1 << 30)), draw(st.integers(1, largest)), draw(st.integers(1, 300)),
-                       group_size, draw(st.integers(1, 40)), sorted(levels))
+    seed, rows, cols = (draw(st.integers(low, high)) for low, high in ((0, 1 << 30), (1, largest), (1, 300)))
+    return affine_case(seed, rows, cols, group_size, draw(st.integers(1, 40)), sorted(levels))
 
 
 @given(cases())
@@ -58,7 +58,7 @@ def test_dequantize_is_the_affine_map_in_natural_order():
     packed = pack(**case)
     found = packed.dequantize()
     assert found.dtype == torch.float32 and found.is_contiguous()
-    rounding = 2**-11 * packed.beta.abs().max().item()  # of beta, the only number float16 does not hold exactly
+    rounding = 2**-11 * packed.beta.abs().max().item()  # beta alone is no float16
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1.001 * rounding)
     exact = {**case, "scales": np.full_like(case["scales"], 0.25), "zeros": np.zeros_like(case["zeros"])}
     expected[np.ix_(case["row_perm"], case["col_perm"])] = case["codes"] * 0.25

@@ -21,7 +21,8 @@ def _x(rows, cols=100, seed=0):
        st.integers(1, 20), st.sampled_from((1, 2, 4, 8)), st.integers(0, 3))
 @settings(max_examples=25, deadline=None)
 def test_lut_product_is_the_product(seed, rows, cols, group_size, block_rows, width, tokens):
-    packed = packed_case(seed, rows=rows, cols=cols, group_size=group_size, block_rows=block_rows, bias=seed % 2 == 0)
+    shape = {"rows": rows, "cols": cols, "group_size": group_size, "block_rows": block_rows}
+    packed = packed_case(seed, **shape, bias=seed % 2 == 0)
     x = _x(tokens, cols, seed)
     bias = 0 if packed.bias is None else packed.bias.numpy()
     expected = x.astype(np.float64) @ packed.dequantize().double().numpy().T + bias
@@ -45,7 +46,8 @@ def test_tables_are_all_signed_sums():
     tables = signed_sums(x, 4)
     for index in range(16):
         signs = [1 if index >> t & 1 else -1 for t in range(4)]
-        np.testing.assert_allclose(tables[:, :, index], x.reshape(2, 3, 4) @ np.array(signs), rtol=1e-5, atol=1e-6)
+        expected = x.reshape(2, 3, 4) @ np.array(signs)
+        np.testing.assert_allclose(tables[:, :, index], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("width", TABLE_WIDTHS)
