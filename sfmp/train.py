@@ -228,9 +228,15 @@ def _write_log(path: Path, rows: list[list]) -> None:
 
 
 def export(model: torch.nn.Module, out: Path) -> Path:
-    """Write the checkpoint (float16) and its tokenizer to ``out/model``; the model passed in is converted in place."""
+    """Write the checkpoint (float16) and its tokenizer to ``out/model`` and draw ``out/loss_curve.png``.
+
+    The model passed in is converted to float16 in place.
+    """
+    from sfmp.plots_training import write_loss_curve
+
     folder = out / "model"
     model.half().save_pretrained(folder)
+    write_loss_curve(out / "training_log.csv")
     embedded.wrap_tokenizer(_raw_tokenizer(out)).save_pretrained(folder)
     return folder
 
