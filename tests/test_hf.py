@@ -1,4 +1,4 @@
-"""save_pretrained → from_pretrained: the same bits in a new process, every dtype, tied or not, sharded or not."""
+"""save_pretrained → from_pretrained: the same bits in a new process; dtypes, tying, biases, shards."""
 
 import json
 import os
