@@ -133,7 +133,7 @@ class Run:
         # A fixed salt for the ids of SVG elements and no dates: the same figure is the same bytes.
         with matplotlib.rc_context({"svg.hashsalt": "sfmp", "svg.fonttype": "path"}):
             for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-                draw = partial(figure.savefig, format=kind, dpi=150, bbox_inches="tight", metadata=metadata)
+                draw = partial(figure.savefig, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
                 self._write(name, png.with_suffix(f".{kind}"), draw)
         text = data.to_csv(index=False, lineterminator="\n")
         self._write(name, png.with_suffix(".csv"), partial(_write_text, text))
