@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def load_model(source: str, dtype: str = "float32"):
     SfmpError
         If `source` looks like a folder and is none.
     """
+    _no_bars()
     if source == "embedded":
         from sfmp import embedded
 
@@ -102,6 +104,14 @@ def load_model(source: str, dtype: str = "float32"):
     chosen = {"revision": revision} if revision else {}
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **chosen)
     return model.eval(), AutoTokenizer.from_pretrained(name, **chosen)
+
+
+def _no_bars():
+    """Progress bars of loading and saving are noise in an executed notebook: hundreds of lines in its HTML."""
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, where ipywidgets is missing
+    logging.disable_progress_bar()
 
 
 def documents(source: str, split: str) -> list[str]:
