@@ -1,8 +1,8 @@
 """Recovery from ``kill -9``: release the lock of a dead Snakemake, and end the notebooks it left running.
 
 Snakemake locks a working directory with files that name no process, so after ``kill -9`` it refuses to start
-until it is told ``--unlock``. Each run of ours therefore notes who holds the lock; the next one releases a lock
-only if its holder ran on this machine and is gone. Anything else is left to Snakemake.
+until it is told ``--unlock``. Each run of ours therefore notes who holds the lock; the next one releases a
+lock only if its holder ran on this machine and is gone. Anything else is left to Snakemake.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What every notebook opens and closes with: results, and a manifest beside each that says how it was made.
 
-Results are written atomically (temporary file, then rename) and are a function of inputs, parameters, seed and
-code only. Whatever is not reproducible to the byte - times, memory, host - goes into ``<output>.manifest.json``.
+Results are written atomically (temporary file, then rename) and are a function of inputs, parameters, seed
+and code only. Whatever is not reproducible to the byte - times, memory, host - goes into the manifest,
+``<output>.manifest.json``.
 """
 
 from __future__ import annotations
@@ -227,7 +228,8 @@ def start(notebook: str, parameters: Mapping, seed: int = 0) -> Run:
         f"{name} {versions.get(name, 'absent')}" for name in ("python", "torch", "transformers")
     )
     print(
-        f"{notebook}: seed {seed}, {shown}, {environment.hardware()['cpu']}, {len(run.inputs.files())} input files"
+        f"{notebook}: seed {seed}, {shown}, {environment.hardware()['cpu']}, "
+        f"{len(run.inputs.files())} input files"
     )
     return run
 

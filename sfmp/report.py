@@ -67,7 +67,8 @@ def render_notebooks(logs: Path, index: Path) -> list[Path]:
 
 STYLE = """body{max-width:60em;margin:2em auto;padding:0 1em;font:16px/1.5 sans-serif;color:#222}
 pre{background:#f6f6f6;padding:.6em;overflow-x:auto;font-size:13px}img{max-width:100%}
-table{border-collapse:collapse;font-size:13px}td,th{padding:.2em .6em;border-bottom:1px solid #ddd;text-align:right}
+table{border-collapse:collapse;font-size:13px}td,th{padding:.2em .6em;text-align:right;
+border-bottom:1px solid #ddd}
 .jp-InputPrompt,.jp-OutputPrompt,.prompt{color:#999;font-size:11px}"""
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -30,9 +32,10 @@ __all__ = [
     "take_lock",
 ]
 
+TIERS = ("embedded", "small", "paper")
 SOURCES = ("fisher", "magnitude", "activation", "random")
 
-# rule → (notebook, parameters beyond out, inputs, seed and tier); tests compare it with the parameters cells.
+# rule → (notebook, parameters beyond out, inputs, seed and tier); a test compares it with the notebooks.
 NOTEBOOKS = {
     "overview": ("00_start_here", ()),
     "calibration": ("01_calibration", ("model", "n_windows", "seqlen")),
@@ -52,7 +55,7 @@ COMMON = ("out", "inputs", "seed", "tier")
 
 
 class Rules:
-    """Inputs, logs and parameters that the rules of a tier share: the Snakefile names them, this looks them up.
+    """Inputs, logs and parameters that the rules of a tier share: the Snakefile names, this looks up.
 
     Methods whose argument is `wildcards` are input functions of Snakemake.
     """
@@ -107,8 +110,8 @@ class Rules:
 def notebook_params(design: Design, rule: str):
     """Return the ``params`` function of a rule: the parameters of its notebook as one JSON string.
 
-    Every named output becomes an entry of `out` (a figure by its PNG), every named input but `notebook` one of
-    `inputs`.
+    Every named output becomes an entry of `out` (a figure by its PNG), every named input but `notebook`
+    one of `inputs`.
     """
     if rule not in NOTEBOOKS:
         raise SfmpError(f"rule {rule!r} runs no notebook; expected one of {', '.join(NOTEBOOKS)}")
@@ -153,10 +156,10 @@ def stage_code(rule: str, folder: Path | str = "notebooks") -> str:
 
 
 def job_threads(cores: int | None, mem_mb: int, alone: bool = False) -> int:
-    """Return the threads a rule asks for, so that jobs running together fit the machine whatever ``--cores`` is.
+    """Return the threads a rule asks for, so that jobs running together fit the machine at any ``--cores``.
 
-    A job computes on one core. With ``--cores`` above the machine's it asks for more of them, so that no more jobs
-    run together than the machine has cores, or memory for.
+    A job computes on one core. With ``--cores`` above the machine's it asks for more of them, so that no more
+    jobs run together than the machine has cores, or memory for.
 
     Parameters
     ----------
@@ -184,8 +187,9 @@ def closing_words(design: Design, seconds: float | None = None, failed: bool = F
     """Return what is printed at the end: what ran, how long, where results are, what a bigger tier needs."""
     stages: dict[str, dict[str, float]] = {}
     for path in sorted(Path(design.results).rglob("*.manifest.json")):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        stages.setdefault(manifest["notebook"], {})[manifest["started"]] = manifest["wall_seconds"]
+        text = path.read_text(encoding="utf-8")  # the same beside every result of one execution
+        manifest = json.loads(text)
+        stages.setdefault(manifest["notebook"], {})[text] = manifest["wall_seconds"]
     lines = [
         "",
         f"SFMP replication, tier {design.tier}: "
@@ -194,13 +198,19 @@ def closing_words(design: Design, seconds: float | None = None, failed: bool = F
     ]
     lines += [
         f"  {name:<24}{len(times):4} notebook runs {sum(times.values()):8.0f} s"
-        for name, times in stages.items()
+        for name, times in sorted(stages.items())
     ]
+    claims = Path(design.results) / "claims.csv"
+    if claims.is_file():
+        with open(claims, encoding="utf-8", newline="") as file:
+            verdicts = Counter(row.get("verdict", "").split(" (")[0] for row in csv.DictReader(file))
+        counts = (f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+        lines.append(f"  claims    {', '.join(counts)}")
     lines += [
         f"  results   {design.results}/tables, figures, claims.csv, html/index.html, report.html",
         "  evidence  every result has a manifest beside it: <file>.manifest.json",
     ]
-    for path in sorted((design.folder / "tiers").glob("*.yaml")):
+    for path in (design.folder / "tiers" / f"{tier}.yaml" for tier in TIERS):
         needs = read_yaml(path)["needs"]
         if path.stem != design.tier:
             lines.append(

@@ -153,7 +153,7 @@ def test_objects_that_json_cannot_hold_are_refused(folder):
         begin({}).save_json("record", {"x": object()})
 
 
-# --- code hash ---------------------------------------------------------------------------------------------------
+# --- code hash
 
 
 @pytest.fixture
