@@ -8,64 +8,21 @@ on another one having been run.
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 from sfmp.checks import SfmpError
-from sfmp.provenance import base_directory
+
+# tqdm says so, with a path of this machine, when it is imported where ipywidgets is not installed
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 SMALL = {"n_windows": 4, "seqlen": 128}  # stand-ins: seconds on one core, enough to see every effect
-EMBEDDED = {
-    "runs": "config/runs.tsv",
-    "paper": "config/paper_values.tsv",
-    "claims": "config/claims.tsv",
-    "evals": "results/embedded/eval",
-    "quantized": "results/embedded/quantized",
-    "tables": "results/embedded/tables",
-}
 TEXTS = {
     "embedded": ("python:calibration", "python:evaluation"),
     "hub": ("hub:allenai/c4:en:train", "hub:Salesforce/wikitext:wikitext-2-raw-v1:test"),
 }
-
-
-def declared(run, name: str):
-    """Path, or list of paths, of a results input; of the embedded tier where the notebook was given none."""
-    if name in run.inputs:
-        return run.inputs[name]
-    path = base_directory() / EMBEDDED[name]
-    if not path.exists():
-        raise SfmpError(
-            f"{path}: expected the results of the embedded tier, found none; run `snakemake --cores 8` first."
-        )
-    return path
-
-
-def results(run):
-    """The design joined with every evaluation and record of quantization
-    (:func:`sfmp.records.load_results`).
-    """
-    from sfmp.records import load_results
-
-    return load_results(declared(run, "runs"), declared(run, "evals"), declared(run, "quantized"))
-
-
-def paper_values(run):
-    """Numbers transcribed from the paper (:func:`sfmp.tables.read_paper_values`)."""
-    from sfmp.tables import read_paper_values
-
-    return read_paper_values(declared(run, "paper"))
-
-
-def tables(run, **more):
-    """Every result table by name (:func:`sfmp.claims.load_tables`), and frames computed on the spot."""
-    from sfmp.claims import load_tables
-
-    found = declared(run, "tables")
-    return load_tables(found if isinstance(found, list) else [found], **more)
 
 
 def load_model(source: str, dtype: str = "float32"):
@@ -107,11 +64,13 @@ def load_model(source: str, dtype: str = "float32"):
 
 
 def _no_bars():
-    """Progress bars of loading and saving are noise in an executed notebook: hundreds of lines in its HTML."""
-    from transformers.utils import logging
+    """Silence what is noise in an executed notebook: bars of loading, and the length of text that is cut
+    later.
+    """
+    from transformers.utils import logging as transformers_logging
 
-    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, where ipywidgets is missing
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 
 
 def documents(source: str, split: str) -> list[str]:
@@ -163,42 +122,9 @@ def salience(run, model, tokenizer) -> Mapping:
     return fisher_salience(model, windows(run, tokenizer))
 
 
-def checkpoint(run, spec: Mapping | None = None) -> Path:
-    """Folder of a quantized checkpoint: the declared input ``checkpoint``, or the embedded model quantized by
-    rounding.
-
-    `spec` holds fields of :class:`sfmp.spec.QuantSpec` for the stand-in.
-    """
-    if "checkpoint" in run.inputs:
-        return run.inputs["checkpoint"]
-    from sfmp.allocate import make_plan
-    from sfmp.apply import quantize_model
-    from sfmp.hf import save_checkpoint
-    from sfmp.spec import QuantSpec
-
-    model, tokenizer = load_model("embedded")
-    chosen = {"bpw": 3.0, "group_size": 128, "block_rows": 64, "method": "rtn", **(spec or {})}
-    plan = make_plan(salience(run, model, tokenizer), QuantSpec.from_dict(chosen), model)
-    quantize_model(model, plan, windows(run, tokenizer))
-    folder = Path(tempfile.mkdtemp(prefix="sfmp-checkpoint-"))
-    save_checkpoint(model, folder, tokenizer)
-    return folder
-
-
-def load_for_evaluation(run, source: str):
-    """The model to evaluate and its tokenizer: the declared input ``checkpoint``, or the unquantized
-    `source`.
-    """
-    if "checkpoint" not in run.inputs:
-        return load_model(source)
-    import sfmp.hf  # registers the quantizer  # noqa: F401
-
-    model, _ = load_model(str(run.inputs["checkpoint"]))
-    return model, load_tokenizer(source)
-
-
 def load_tokenizer(source: str):
     """Tokenizer of a model without its weights."""
+    _no_bars()
     from transformers import AutoTokenizer
 
     if source == "embedded":
@@ -207,28 +133,3 @@ def load_tokenizer(source: str):
         return AutoTokenizer.from_pretrained(FOLDER)
     name, _, revision = source.partition("@")
     return AutoTokenizer.from_pretrained(name, **({"revision": revision} if revision else {}))
-
-
-def perplexity(model, tokens, seqlen: int) -> float:
-    """:func:`sfmp.evaluate.perplexity`, with each packed matrix dequantized once instead of at every call."""
-    from sfmp import evaluate
-
-    with _dequantized_once(model):
-        return evaluate.perplexity(model, tokens, seqlen)
-
-
-def zero_shot(model, tokenizer, names, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Scores of the named zero-shot tasks (see :func:`sfmp.evaluate.accuracy`); empty if none is named."""
-    from sfmp import evaluate, tasks
-
-    if not names:
-        return {}
-    with _dequantized_once(model):
-        return evaluate.accuracy(model, tokenizer, {name: tasks.build(name, seed=seed) for name in names})
-
-
-def _dequantized_once(model):
-    from sfmp.linear import SFMPLinear, keep_dequantized
-
-    packed = any(isinstance(module, SFMPLinear) for module in model.modules())
-    return keep_dequantized(model) if packed else contextlib.nullcontext()

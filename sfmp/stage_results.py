@@ -1,0 +1,48 @@
+"""What the notebooks of tables and claims read: declared result files, or those of the embedded tier."""
+
+from __future__ import annotations
+
+from sfmp.checks import SfmpError
+from sfmp.claims import load_tables
+from sfmp.provenance import base_directory
+from sfmp.records import load_results
+from sfmp.tables import read_paper_values
+
+EMBEDDED = {
+    "runs": "config/runs.tsv",
+    "paper": "config/paper_values.tsv",
+    "claims": "config/claims.tsv",
+    "evals": "results/embedded/eval",
+    "quantized": "results/embedded/quantized",
+    "tables": "results/embedded/tables",
+}
+
+
+def declared(run, name: str):
+    """Path, or list of paths, of a results input; of the embedded tier where the notebook was given none."""
+    if name in run.inputs:
+        return run.inputs[name]
+    path = base_directory() / EMBEDDED[name]
+    if not path.exists():
+        raise SfmpError(
+            f"{path}: expected the results of the embedded tier, found none; run `snakemake --cores 8` first."
+        )
+    return path
+
+
+def results(run):
+    """The design joined with every evaluation and record of quantization
+    (:func:`sfmp.records.load_results`).
+    """
+    return load_results(declared(run, "runs"), declared(run, "evals"), declared(run, "quantized"))
+
+
+def paper_values(run):
+    """Numbers transcribed from the paper (:func:`sfmp.tables.read_paper_values`)."""
+    return read_paper_values(declared(run, "paper"))
+
+
+def tables(run, **more):
+    """Every result table by name (:func:`sfmp.claims.load_tables`), and frames computed on the spot."""
+    found = declared(run, "tables")
+    return load_tables(found if isinstance(found, list) else [found], **more)
