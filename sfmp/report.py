@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sfmp.checks import SfmpError, write_atomically
 from sfmp.design import load_design, read_yaml
+from sfmp.readme import update_readme
 from sfmp.workflow import closing_words
 
 PUBLISHED = (".csv", ".md", ".png")
@@ -154,6 +155,8 @@ def main() -> None:
         render_notebooks(arguments.logs, arguments.index)
     elif arguments.command == "publish":
         publish(Path("results") / arguments.tier, Path("results/reference") / arguments.tier)
+        if arguments.tier == "embedded":
+            update_readme(Path("README.md"), Path("results/reference/embedded"))
     else:
         design = load_design({**read_yaml(Path("config/config.yaml")), "tier": arguments.tier})
         write_cost(arguments.timing, arguments.cost)

@@ -1,0 +1,79 @@
+"""The results in README.md: written from the published tables, never by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from sfmp.checks import SfmpError, write_atomically
+
+BEGIN = "<!-- results: written by `snakemake publish`, tested against results/reference/embedded -->"
+END = "<!-- end of results -->"
+
+
+def results_block(reference: Path) -> str:
+    """Return the README's results: perplexity and accuracy by method and budget, and the verdict on every claim.
+
+    Parameters
+    ----------
+    reference : Path
+        A published tier, with ``tables/e1_main.csv`` and ``claims.csv``.
+
+    Returns
+    -------
+    str
+        Markdown, rounded; the full precision is in the CSV files it names.
+    """
+    main = pd.read_csv(reference / "tables" / "e1_main.csv")
+    claims = pd.read_csv(reference / "claims.csv", dtype=str, keep_default_na=False)
+    control = main[main.method == "fp16"].iloc[0]
+    runs = main[main.method != "fp16"]
+    counts = claims.verdict.str.split(" ").str[0].value_counts()
+    return "\n".join(
+        [
+            f"Held-out perplexity of the embedded model by bits per weight (`bpw`); without quantization {control.perplexity:.2f}:",
+            "",
+            _grid(runs, "perplexity", "{:.2f}"),
+            "",
+            f"Zero-shot accuracy in per cent, mean of three tasks, ± {100 * control.acc_stderr:.1f} standard error; "
+            f"without quantization {100 * control.acc:.1f}:",
+            "",
+            _grid(runs.assign(acc=100 * runs.acc), "acc", "{:.1f}"),
+            "",
+            "Claims (" + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "); the rules and the evidence are in "
+            "[config/claims.tsv](config/claims.tsv) and [claims.csv](results/reference/embedded/claims.csv):",
+            "",
+            "| claim | what the paper (or, where marked ours, this replication) says | measured | verdict |",
+            "|---|---|---|---|",
+            *(f"| {row.claim} | {row.text} | {row.ours or '–'} | {row.verdict} |" for row in claims.itertuples()),
+        ]
+    )
+
+
+def _grid(runs: pd.DataFrame, column: str, form: str) -> str:
+    """Markdown table: one row a method, one column a budget."""
+    grid = runs.pivot_table(index="method", columns="bpw", values=column, sort=False).sort_index(axis=1)
+    head = "| method | " + " | ".join(f"{bpw:g}" for bpw in grid.columns) + " |"
+    rows = (
+        f"| {method} | " + " | ".join("–" if pd.isna(v) else form.format(v) for v in values) + " |"
+        for method, values in zip(grid.index, grid.to_numpy(), strict=True)
+    )
+    return "\n".join([head, "|---" * (len(grid.columns) + 1) + "|", *rows])
+
+
+def update_readme(readme: Path, reference: Path) -> None:
+    """Replace the results between the two markers of the README.
+
+    Raises
+    ------
+    SfmpError
+        If a marker is missing.
+    """
+    text = readme.read_text("utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SfmpError(f"{readme}: expected the lines {BEGIN!r} and {END!r}, found no pair; put them back")
+    new = f"{before}{BEGIN}\n\n{results_block(reference)}\n\n{END}{after}"
+    write_atomically(readme, lambda temporary: temporary.write_text(new, encoding="utf-8"))
