@@ -32,7 +32,8 @@ def results_block(reference: Path) -> str:
     counts = claims.verdict.str.split(" ").str[0].value_counts()
     return "\n".join(
         [
-            f"Held-out perplexity of the embedded model by bits per weight (`bpw`); without quantization {control.perplexity:.2f}:",
+            "Held-out perplexity of the embedded model by bits per weight (`bpw`); without quantization "
+            f"{control.perplexity:.2f}:",
             "",
             _grid(runs, "perplexity", "{:.2f}"),
             "",
@@ -41,8 +42,8 @@ def results_block(reference: Path) -> str:
             "",
             _grid(runs.assign(acc=100 * runs.acc), "acc", "{:.1f}"),
             "",
-            "Claims (" + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "); the rules and the evidence are in "
-            "[config/claims.tsv](config/claims.tsv) and [claims.csv](results/reference/embedded/claims.csv):",
+            "Claims (" + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "); rules and evidence: "
+            "[config/claims.tsv](config/claims.tsv) and [claims.csv](results/reference/embedded/claims.csv).",
             "",
             "| claim | what the paper (or, where marked ours, this replication) says | measured | verdict |",
             "|---|---|---|---|",
