@@ -24,9 +24,14 @@ def main(fp=8.0, ours=(12, 10), rival=(14, 11)):
 
 @pytest.mark.parametrize(
     ("ours", "verdict", "count"),
-    [((12, 10), "replicated", "2/2"), ((14, 11), "replicated", "2/2"), ((10, 11.5), "direction-only", "1/2"),
-     ((15, 10.9), "not-replicated", "1/2"), ((15, 12), "not-replicated", "0/2")],
-)  # fmt: skip
+    [
+        ((12, 10), "replicated", "2/2"),
+        ((14, 11), "replicated", "2/2"),
+        ((10, 11.5), "direction-only", "1/2"),
+        ((15, 10.9), "not-replicated", "1/2"),
+        ((15, 12), "not-replicated", "0/2"),
+    ],
+)
 def test_not_worse_counts_every_budget(ours, verdict, count):
     result = rules.not_worse({"e1_main": main(ours=ours)}, table="e1_main", better=SFMP, worse=RTN)
     assert result["verdict"] == verdict and result["ours"].startswith(count)
@@ -153,10 +158,14 @@ def test_ledger_selectors_name_columns_that_the_tables_have():
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
-    [("not_worse", "looks_good", "rule 'looks_good' is unknown"), ("C02\t", "C01\t", "twice"),
-     ('{"table":"e1_main","better"', '["e1_main","better"', "one JSON object"), ("claim\t", "id\t", "columns"),
-     ("At equal bits per weight", "word " * 20, "at most 25")],
-)  # fmt: skip
+    [
+        ("not_worse", "looks_good", "rule 'looks_good' is unknown"),
+        ("C02\t", "C01\t", "twice"),
+        ('{"table":"e1_main","better"', '["e1_main","better"', "one JSON object"),
+        ("claim\t", "id\t", "columns"),
+        ("At equal bits per weight", "word " * 20, "at most 25"),
+    ],
+)
 def test_broken_ledgers_are_refused(tmp_path, old, new, message):
     path = tmp_path / "claims.tsv"
     path.write_text((CONFIG / "claims.tsv").read_text().replace(old, new, 1))

@@ -9,7 +9,8 @@ import pytest
 from sfmp import accounting, records, tables
 from sfmp.checks import SfmpError
 
-HEADER = "run model experiments method bpw group_size block_rows levels reorder scope objective salience tasks seed"
+HEADER = """run model experiments method bpw group_size block_rows levels reorder scope objective salience
+tasks seed"""
 RUNS = [
     "m.fp16 m main fp16 - - - - - - - - yes 0",
     "m.rtn m main rtn 3 128 64 3 none global paper fisher yes 0",
@@ -163,11 +164,15 @@ def test_checkpoint_bytes_are_counted_from_the_headers(tmp_path):
 
     rows, columns, groups = 6, 40, 2
     tensors = {
-        "layer.planes": np.zeros(30, np.int32), "layer.alpha": np.zeros((groups, rows), np.float16),
-        "layer.beta": np.zeros((groups, rows), np.float16), "layer.block_bits": np.zeros((groups, 2), np.uint8),
-        "layer.row_perm": np.zeros(rows, np.uint16), "layer.col_perm": np.zeros(columns, np.uint16),
-        "layer.bias": np.zeros(rows, np.float32), "norm.weight": np.zeros(7, np.float16),
-    }  # fmt: skip
+        "layer.planes": np.zeros(30, np.int32),
+        "layer.alpha": np.zeros((groups, rows), np.float16),
+        "layer.beta": np.zeros((groups, rows), np.float16),
+        "layer.block_bits": np.zeros((groups, 2), np.uint8),
+        "layer.row_perm": np.zeros(rows, np.uint16),
+        "layer.col_perm": np.zeros(columns, np.uint16),
+        "layer.bias": np.zeros(rows, np.float32),
+        "norm.weight": np.zeros(7, np.float16),
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     row = accounting.checkpoint_table(tmp_path).iloc[0]
     assert (row.out_features, row.in_features, row.weights) == (rows, columns, 240)
