@@ -3,7 +3,7 @@ modules.
 
 ``next_line``   the line that follows, against other lines of the same file with the same indentation.
 ``identifier``  the name used next, against other names in sight, all of which occur earlier in the context.
-``docstring``   the first line of a function's or class's documentation, against those of others in the file.
+``docstring``   the code that follows a signature and its documentation, against that of other functions of the file.
 
 Items are a function of (documents, seed) only. They run through lm-eval like any other task (:mod:`sfmp.evaluate`).
 """
@@ -20,7 +20,7 @@ from sfmp.corpus import Document, stdlib_documents
 from sfmp.spec import SfmpError
 
 CHOICES = 4
-CONTEXT_LINES = 5  # lines of code before the question
+CONTEXT_LINES = 4  # lines of code before the question
 ITEMS = 300
 
 Item = dict[str, object]  # built: question, choices (4 str), answer (index); candidate: question, right, wrong (pool)
@@ -58,23 +58,21 @@ def identifier_items(document: Document) -> Iterable[Item]:
 
 
 def docstring_items(document: Document) -> Iterable[Item]:
-    """Yield items that ask for the first line of the docstring of a function or class, given its signature."""
+    """Yield items that ask for the first line of a function's body, given its signature and docstring."""
     lines = document.text.splitlines()
-    found = {}  # question → first line of the docstring
+    found = {}  # signature and docstring → first line of the body
     for node in ast.walk(ast.parse(document.text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node):
-            start = node.body[0].value
-            opening, text = _OPENING.match(lines[start.lineno - 1][start.col_offset :]).groups()
-            question = "\n".join([*lines[node.lineno - 1 : start.lineno - 1], " " * start.col_offset + opening])
-            if 10 <= len(text) <= 100 and len(question) <= 400:
-                found[question] = text
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
+            question = "\n".join(lines[node.lineno - 1 : node.body[0].end_lineno]) + "\n"
+            right = lines[node.body[1].lineno - 1]
+            if len(question) <= 800 and len(right) <= 100:
+                found[question] = right
     firsts = sorted(set(found.values()))
     if len(firsts) >= CHOICES:
-        yield from ({"question": question, "right": text, "wrong": firsts} for question, text in found.items())
+        yield from ({"question": question, "right": right, "wrong": firsts} for question, right in found.items())
 
 
 TASKS = {"next_line": next_line_items, "identifier": identifier_items, "docstring": docstring_items}
-_OPENING = re.compile(r"([rRuU]?(?:\"{3}|'{3}|\"|'))\s*(.*?)\s*(?:\"{3}|'{3}|\"|')?$")
 _WORDS = frozenset(
     "and for not del try def self None True False else elif from with while class return import raise pass the".split()
 )
