@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sfmp.awq import SEARCH_TOKENS, search_layer, shared_inputs
+from sfmp.checks import numbers_of, token_ids
 from sfmp.linear import SFMPLinear
 from sfmp.pack import pack
 from sfmp.quantize import dequantize
@@ -35,8 +36,8 @@ def quantize_model(model, plan, windows=None, *, progress=False):
         Any module tree; float32, bfloat16 or float16.
     plan : Plan
         Bits and permutations of each nn.Linear to replace; ``plan.spec.method`` chooses rtn, awq or gptq.
-    windows : Tensor, optional
-        Calibration input, needed by awq and gptq: token ids int64 [n, seqlen], or float [n, ...] for a
+    windows : Tensor, array or list, optional
+        Calibration input, needed by awq and gptq: integer token ids [n, seqlen], or float [n, ...] for a
         model that is fed features.
     progress : bool
         Show a progress bar over matrices.
@@ -243,18 +244,17 @@ def _checked_windows(model, windows, method):
     if windows is None:
         raise SfmpError(f"{method} needs calibration: expected windows (int64 [n, seqlen]), found None; pass "
                         "windows=..., or make the plan with method='rtn'")
-    windows = torch.as_tensor(windows)
+    windows = numbers_of("windows", windows)
+    if not windows.is_floating_point():
+        windows = token_ids("windows", windows, model)
+        if windows.ndim == 3 and windows.shape[1] == 1:  # a list of [1, seqlen], as tokenizers return them
+            windows = windows.squeeze(1)
     if windows.ndim < 2 or windows.shape[0] == 0 or windows.shape[1] == 0:
         raise SfmpError(f"windows: expected shape [n, seqlen] with n >= 1, found {tuple(windows.shape)}")
     if windows.is_floating_point():
         if not bool(torch.isfinite(windows).all()):
             raise SfmpError("windows: expected finite features, found NaN or infinity")
         return windows.to(next(model.parameters()).dtype)
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    size = getattr(embedding, "num_embeddings", None)
-    if size is not None and (int(windows.min()) < 0 or int(windows.max()) >= size):
-        raise SfmpError(f"windows: expected token ids within 0..{size - 1}, found {int(windows.min())}.."
-                        f"{int(windows.max())}; were they made with another tokenizer?")
     return windows
 
 

@@ -39,6 +39,39 @@ def integer(name: str, value, low: int, high: int | None = None) -> int:
     return int(value)
 
 
+def numbers_of(name: str, values):
+    """Return `values` (tensor, array, nested list, or a list of equal tensors) as a tensor, else raise SfmpError."""
+    import torch
+
+    try:
+        if isinstance(values, list | tuple) and any(isinstance(value, torch.Tensor) for value in values):
+            return torch.stack([torch.as_tensor(value) for value in values])
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SfmpError(f"{name}: expected a tensor, an array or windows of equal length, found "
+                        f"{type(values).__name__} ({error}); make one integer tensor [n, seqlen]") from error
+
+
+def token_ids(name: str, tokens, model=None):
+    """Return token ids, in any form `numbers_of` takes, as an int64 tensor of the same shape.
+
+    Raises SfmpError if they are no integers, or lie outside the vocabulary of `model`.
+    """
+    import torch
+
+    tokens = numbers_of(name, tokens)
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise SfmpError(f"{name}: expected integer token ids, found {tokens.dtype}; pass what the tokenizer "
+                        "returns")
+    tokens = tokens.to(torch.int64)
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(embedding, "num_embeddings", None)
+    if size is not None and tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
+        raise SfmpError(f"{name}: expected token ids within 0..{size - 1}, found {int(tokens.min())}.."
+                        f"{int(tokens.max())}; were they made with another tokenizer?")
+    return tokens
+
+
 def check_permutation(name: str, perm, size: int | None = None) -> np.ndarray:
     """Return `perm` as int64 [size] if it is a permutation of 0..size-1, else raise SfmpError naming it."""
     perm = np.asarray(perm)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfmp.spec import SfmpError
+from sfmp.checks import SfmpError, integer, token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ def perplexity(model: torch.nn.Module, tokens: torch.Tensor, seqlen: int, batch_
     ----------
     model : torch.nn.Module
         A causal language model whose output has ``.logits``; evaluated in its own dtype, log-likelihoods in float32.
-    tokens : int64 tensor [T] or [n, seqlen]
+    tokens : integers [T] or [n, seqlen]; tensor, array or list
         A token stream, cut here into non-overlapping windows (the tail is dropped), or the windows themselves.
     seqlen : int
         Window length in tokens; ``seqlen - 1`` of them are predicted.
@@ -39,7 +39,7 @@ def perplexity(model: torch.nn.Module, tokens: torch.Tensor, seqlen: int, batch_
     Raises
     ------
     SfmpError
-        If there is not one whole window, or a loss is not finite.
+        If tokens are no integers of the vocabulary, there is not one whole window, or a loss is not finite.
 
     Notes
     -----
@@ -47,6 +47,7 @@ def perplexity(model: torch.nn.Module, tokens: torch.Tensor, seqlen: int, batch_
     """
     import torch
 
+    tokens, seqlen = token_ids("tokens", tokens, model), integer("seqlen", seqlen, 1)
     if seqlen < 2 or tokens.numel() < seqlen:
         raise SfmpError(
             f"perplexity: expected at least seqlen >= 2 tokens, found seqlen {seqlen} and {tokens.numel()} tokens; "
@@ -57,13 +58,15 @@ def perplexity(model: torch.nn.Module, tokens: torch.Tensor, seqlen: int, batch_
     device = next(model.parameters()).device
     losses, was_training = [], model.training
     model.eval()
-    with torch.no_grad():
-        for batch in windows.split(batch_size):
-            batch = batch.to(device)
-            logits = model(input_ids=batch).logits[:, :-1].float()  # [B, seqlen-1, vocabulary]
-            nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-            losses += nll.view(len(batch), -1).mean(dim=1).tolist()
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            for batch in windows.split(batch_size):
+                batch = batch.to(device)
+                logits = model(input_ids=batch).logits[:, :-1].float()  # [B, seqlen-1, vocabulary]
+                nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+                losses += nll.view(len(batch), -1).mean(dim=1).tolist()
+    finally:
+        model.train(was_training)
     mean = sum(losses) / len(losses)
     if not math.isfinite(mean):
         dtype = next(model.parameters()).dtype

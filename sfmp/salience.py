@@ -1,6 +1,7 @@
 """How much the loss depends on each weight: empirical Fisher, streamed in fp32; simpler sources."""
 
 import contextlib
+import inspect
 import json
 import warnings
 import zlib
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sfmp.checks import SfmpError, is_skipped, write_atomically
+from sfmp.checks import SfmpError, is_skipped, token_ids, write_atomically
 
 LossFn = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
@@ -29,8 +30,11 @@ def linear_modules(model: nn.Module, skip: Iterable[str] = ("lm_head",)) -> dict
 
 
 def causal_lm_loss(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
-    """Return the mean next-token cross-entropy of one window, integers [seqlen], as the model computes it."""
-    window = window.to(next(model.parameters()).device, torch.int64)[None]
+    """Return the mean next-token cross-entropy of one window, as the model computes it.
+
+    `window` is integers [seqlen] or [1, seqlen], a tensor, an array or a list; anything else is an SfmpError.
+    """
+    window = _one_window(model, window, "loss_fn(model, window)")
     loss = getattr(model(input_ids=window, labels=window), "loss", None)
     if loss is None:
         raise SfmpError(f"model: expected {type(model).__name__} to return .loss for labels, found none; "
@@ -46,7 +50,7 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
     ----------
     model : nn.Module
         Any module tree and device, float32 or bfloat16. Left as found: gradient flags, gradients, modes.
-    windows : int64 tensor [n, seqlen], or any iterable of samples that `loss_fn` understands
+    windows : integers [n, seqlen], or any iterable of samples that `loss_fn` understands
         One backward pass each (batch 1), so gradients are squared per sample.
     skip : names of linear layers to leave out, full or last component
     progress : bool
@@ -62,8 +66,8 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
     Raises
     ------
     SfmpError
-        If there is no linear layer or no sample, a loss is not a finite scalar or depends on no linear
-        weight, or a salience is not finite (named).
+        If there is no linear layer or no sample, a window is not one sequence of token ids, a loss is not a
+        finite scalar or depends on no linear weight, or a salience is not finite (named).
 
     Notes
     -----
@@ -230,7 +234,20 @@ def _gradients_only_for(model, wanted):
 
 
 def _forward_tokens(model, window):
-    model(input_ids=window.to(next(model.parameters()).device, torch.int64)[None])
+    model(input_ids=_one_window(model, window, "forward(model, window)"))
+
+
+def _one_window(model, window, alternative):
+    """Token ids of one sequence as int64 [1, seqlen] on the device of the model."""
+    arguments = inspect.signature(model.forward).parameters.values()
+    if not any(a.name == "input_ids" or a.kind is a.VAR_KEYWORD for a in arguments):
+        raise SfmpError(f"model: expected a language model that takes input_ids, found {type(model).__name__}; "
+                        f"pass {alternative}")
+    ids = token_ids("window", window, model)
+    if ids.ndim == 0 or ids.ndim > 2 or (ids.ndim == 2 and len(ids) != 1):
+        raise SfmpError(f"window: expected token ids [seqlen] of one sequence, found shape {tuple(ids.shape)}; "
+                        "pass windows as [n, seqlen], not in batches")
+    return ids.reshape(1, -1).to(next(model.parameters()).device)
 
 
 def _progress(items, title, show):

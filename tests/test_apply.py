@@ -81,6 +81,18 @@ def test_deterministic(tiny_llama, method):
     assert list(first.sfmp_report["matrices"]) == list(second.sfmp_report["matrices"])
 
 
+@pytest.mark.parametrize("form", [list, lambda w: [row[None] for row in w], lambda w: w.numpy(),
+                                  lambda w: w.to(torch.int32), lambda w: w.tolist()])
+def test_windows_come_in_any_form(tiny_llama, form):
+    import copy
+
+    first, second = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
+    quantize_model(first, _plan(first, "gptq"), _windows())
+    quantize_model(second, _plan(second, "gptq"), form(_windows()))
+    other = second.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in first.state_dict().items())
+
+
 def test_gptq_sees_the_output_of_quantized_layers(tiny_llama, monkeypatch):
     """Gram matrices of the second layer must come from activations behind the quantized first layer."""
     grams = []
@@ -236,6 +248,8 @@ def test_errors(tiny_llama):
         quantize_model(tiny_llama, plan)
     with pytest.raises(SfmpError, match=r"windows: expected shape \[n, seqlen\]"):
         quantize_model(tiny_llama, plan, torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(SfmpError, match=r"windows: .*of equal length"):
+        quantize_model(tiny_llama, plan, [torch.zeros(5), torch.zeros(6)])
     with pytest.raises(SfmpError, match=r"token ids within 0..127, found 1..128; .*another tokenizer"):
         quantize_model(tiny_llama, plan, _windows() % 128 + 1)
     other = Plan(plan.spec, {"model.layers.9.mlp.up_proj": plan["model.layers.0.mlp.up_proj"]})

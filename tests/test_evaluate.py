@@ -19,6 +19,8 @@ def test_perplexity_equals_a_token_by_token_computation(tiny_llama):
     assert evaluate.perplexity(tiny_llama, tokens, 16) == pytest.approx(expected, rel=1e-5)
     windows = tokens[:80].view(5, 16)
     assert evaluate.perplexity(tiny_llama, windows, 16, batch_size=2) == pytest.approx(expected, rel=1e-5)
+    for form in (tokens.numpy(), tokens.to(torch.int32), tokens.tolist()):
+        assert evaluate.perplexity(tiny_llama, form, 16) == pytest.approx(expected, rel=1e-5)
 
 
 def test_perplexity_of_a_uniform_model_is_the_vocabulary(tiny_llama):
@@ -30,6 +32,12 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary(tiny_llama):
 def test_perplexity_refuses_short_text_and_infinite_losses(tiny_llama):
     with pytest.raises(SfmpError, match="found seqlen 32 and 31 tokens"):
         evaluate.perplexity(tiny_llama, torch.arange(31), 32)
+    with pytest.raises(SfmpError, match="tokens: expected integer token ids, found torch.float32"):
+        evaluate.perplexity(tiny_llama, torch.rand(64), 32)
+    with pytest.raises(SfmpError, match="tokens: expected token ids within 0..127, found 90..153"):
+        evaluate.perplexity(tiny_llama, torch.arange(64) + 90, 32)
+    with pytest.raises(SfmpError, match="seqlen: expected an integer"):
+        evaluate.perplexity(tiny_llama, torch.arange(64), 32.0)
     torch.nn.init.constant_(tiny_llama.model.norm.weight, math.nan)
     with pytest.raises(SfmpError, match="finite"):
         evaluate.perplexity(tiny_llama, torch.arange(32), 32)
@@ -38,6 +46,10 @@ def test_perplexity_refuses_short_text_and_infinite_losses(tiny_llama):
 def test_perplexity_leaves_the_training_mode_as_it_was(tiny_llama):
     tiny_llama.train()
     evaluate.perplexity(tiny_llama, torch.arange(32), 32)
+    assert tiny_llama.training
+    tiny_llama.model.forward = None
+    with pytest.raises(TypeError):
+        evaluate.perplexity(tiny_llama, torch.arange(32), 32)
     assert tiny_llama.training
 
 
@@ -52,9 +64,8 @@ def test_accuracy_equals_an_independent_scorer(embedded):
     score = evaluate.accuracy(model, tokenizer, {"mini": items}, batch_size=2)["mini"]
 
     def loglikelihoods(question, choice):
-        prefix = [tokenizer.bos_token_id]
-        ids = prefix + tokenizer(question + choice, add_special_tokens=False)["input_ids"]
-        start = len(prefix) + len(tokenizer(question.rstrip(), add_special_tokens=False)["input_ids"])
+        # Special tokens as the tokenizer adds them (the embedded one adds none); white space goes to the choice.
+        ids, start = tokenizer(question + choice)["input_ids"], len(tokenizer(question.rstrip())["input_ids"])
         with torch.no_grad():
             logp = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1).numpy()
         return sum(logp[t - 1, ids[t]] for t in range(start, len(ids)))

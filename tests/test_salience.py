@@ -90,6 +90,33 @@ def test_mlp_equals_backpropagation_by_hand():
     assert_close(found, {n: torch.from_numpy(e) for n, e in zip(("0", "2"), expected, strict=True)})
 
 
+@pytest.mark.parametrize("form", [
+    lambda w: w.numpy(), lambda w: w.to(torch.int32), list, lambda w: [row[None] for row in w],
+    lambda w: w.tolist(), lambda w: w.numpy().astype(np.uint16), iter,
+])
+def test_windows_come_in_any_form_of_token_ids(tiny_llama, form):
+    windows = token_windows(2)
+    expected, found = fisher_salience(tiny_llama, windows), fisher_salience(tiny_llama, form(windows))
+    assert all(torch.equal(found[name], expected[name]) for name in LLAMA)
+
+
+@pytest.mark.parametrize("windows, message", [
+    (token_windows(2)[None], r"window: expected token ids \[seqlen\] of one sequence, found shape \(2, 16\)"),
+    (torch.rand(2, 16), "window: expected integer token ids, found torch.float32"),
+    (token_windows(2) + 100, r"window: expected token ids within 0..127, found .*another tokenizer"),
+    ([{"input_ids": token_windows(1)}], "window: expected a tensor, an array or .*found dict"),
+])
+def test_windows_that_are_no_sequence_are_refused(tiny_llama, windows, message):
+    for source in (fisher_salience, activation_salience):
+        with pytest.raises(SfmpError, match=message):
+            source(tiny_llama, windows)
+
+
+def test_a_model_without_token_ids_wants_a_loss():
+    with pytest.raises(SfmpError, match=r"found Sequential; pass loss_fn\(model, window\)"):
+        fisher_salience(classifier()[0], token_windows(1))
+
+
 def test_sum_over_windows_not_mean(tiny_llama):
     windows = token_windows(3)
     whole = fisher_salience(tiny_llama, windows)
@@ -127,6 +154,8 @@ def test_skip_by_last_component_and_by_full_name(tiny_llama):
     names = fisher_salience(tiny_llama, windows, skip=("down_proj", "model.layers.0.mlp.up_proj", "lm_head"))
     gone = {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj"}
     assert set(names) == set(LLAMA) - gone
+    similar = random_salience(tiny_llama, skip=("proj", "model.layers.0.mlp.up", "p_proj", "lm_head"))
+    assert list(similar) == LLAMA  # a part of a name is no name
 
 
 def test_one_gradient_alive_at_a_time(tiny_llama):
