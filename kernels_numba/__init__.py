@@ -48,11 +48,20 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
     Raises
     ------
     SfmpError
-        Unknown or unavailable backend or mode, wrong shape, dtype or device of x.
+        Unknown or unavailable backend or mode, wrong kind, shape, dtype or device of x, no packed matrix.
     """
+    import numpy as np
+    import torch
+
     from sfmp.checks import SfmpError
+    from sfmp.packed import PackedMatrix
 
     packed = getattr(packed, "packed", packed)
+    if not isinstance(packed, PackedMatrix):
+        raise SfmpError(f"packed: expected a PackedMatrix or an SFMPLinear, found {type(packed).__name__}; "
+                        "see sfmp.pack.pack")
+    if not isinstance(x, np.ndarray | torch.Tensor):
+        raise SfmpError(f"x: expected a tensor or an array, found {type(x).__name__}; convert it")
     if backend == "auto":
         backend = next(name for name in BACKENDS if available()[name].startswith("yes"))
     if backend not in BACKENDS:

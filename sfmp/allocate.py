@@ -137,6 +137,9 @@ def make_plan(salience: Mapping, spec: QuantSpec, model=None) -> Plan:
     Ties go by salience (descending), name, block index, so the order of the mapping has no effect.
     Source: paper v1 Eq. 7; METHOD.md 1.3, 1.4; avoids 1.12 #2-#5.
     """
+    if not isinstance(spec, QuantSpec) or not isinstance(salience, Mapping):
+        raise SfmpError("make_plan: expected (mapping of salience, QuantSpec), found "
+                        f"({type(salience).__name__}, {type(spec).__name__}); see fisher_salience and QuantSpec")
     if spec.objective == "measured" and model is None:
         raise SfmpError('model: expected a model, as objective="measured" quantizes its weights; '
                         "found None; call make_plan(salience, spec, model)")
@@ -168,6 +171,8 @@ def _checked(name, matrix):
     matrix = as_numpy(matrix)
     if matrix.ndim != 2 or matrix.size == 0:
         raise SfmpError(f"salience[{name}]: expected a matrix [N, K], found shape {matrix.shape}")
+    if matrix.dtype.kind not in "fiu":
+        raise SfmpError(f"salience[{name}]: expected numbers, found {matrix.dtype}; use fisher_salience")
     low = matrix.min()
     if not (low >= 0 and np.isfinite(matrix.max())):
         raise SfmpError(f"salience[{name}]: expected finite numbers >= 0, found {low} to {matrix.max()}; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sfmp.checks import check_permutation
+from sfmp.checks import check_permutation, integer
 from sfmp.packed import PackedMatrix, permutation_dtype
 from sfmp.planes import MAX_BITS, WORD, pack_planes
 from sfmp.quantize import stored_affine
@@ -75,9 +75,10 @@ def pack(codes, scales, zeros, bits, *, group_size, block_rows, row_perm=None, c
 
 
 def _check_inputs(codes, scales, zeros, bits, group_size, block_rows):
-    if group_size % WORD or group_size <= 0 or block_rows < 1:
-        raise SfmpError(f"group_size, block_rows: expected a positive multiple of {WORD} and at least 1, "
-                        f"found {group_size} and {block_rows}; choose e.g. 128 and 512")
+    integer("block_rows", block_rows, 1)
+    if integer("group_size", group_size, WORD) % WORD:
+        raise SfmpError(f"group_size: expected a multiple of {WORD} (columns of a word), found {group_size}; "
+                        "choose e.g. 128")
     if codes.ndim != 2 or 0 in codes.shape or codes.dtype.kind not in "iu":
         raise SfmpError(f"codes: expected integers [N, K], found {codes.dtype} {list(codes.shape)}; pass the "
                         "codes of one matrix")

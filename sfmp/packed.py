@@ -128,7 +128,8 @@ class PackedMatrix:
         """Return (codes uint8 [N, K], scales f32 [N, groups], zeros f32 [N, groups]), all in permuted order.
 
         Codes are exact; scales are exact where half of them is a float16. A zero is the integer that gives
-        the stored ``beta`` if there is one, else the real quotient (the 1-bit quantizer has real zeros).
+        the stored ``beta``, within the rounding of alpha and beta, if there is one, else the real quotient
+        (1-bit blocks have real zeros, so there only an integer that gives ``beta`` exactly is taken).
 
         Raises
         ------
@@ -145,7 +146,10 @@ class PackedMatrix:
         middle = self._levels() / 2
         zeros = middle - torch.where(scales == 0, 0, beta / torch.where(scales == 0, 1, scales))
         integer = zeros.round()
-        zeros = torch.where((scales * (middle - integer)).half() == self.beta, integer, zeros)
+        value = scales * (middle - integer)
+        rounding = _half_ulp(self.alpha) * 2 * (middle - integer).abs() + _half_ulp(self.beta)
+        fits = (value.half() == self.beta) | ((middle > 0.5) & ((value - beta).abs() <= rounding))
+        zeros = torch.where(fits, integer, zeros)
         zeros = torch.where(scales == 0, 0, zeros)
         return self._codes()[:rows, :columns].contiguous(), scales.T.contiguous(), zeros.T.contiguous()
 
@@ -179,6 +183,11 @@ class PackedMatrix:
         """2^b − 1 of each group and row, float32 [groups, N]."""
         levels = torch.exp2(self.block_bits.float()) - 1
         return levels.repeat_interleave(self.block_rows, dim=1)[:, : self.shape[0]]
+
+
+def _half_ulp(half: torch.Tensor) -> torch.Tensor:
+    """Bound on the error of rounding a number to this float16, float32."""
+    return (half.float().abs() * 2**-11).clamp_min(2**-25)
 
 
 def permutation_dtype(size: int) -> type:

@@ -13,9 +13,9 @@ _CHUNK = 1 << 22  # weights gathered at a time: bounds the temporary copy at 16 
 
 
 def as_numpy(array) -> np.ndarray:
-    """Return `array` (numpy, or torch of any float dtype and device) as numpy, not copied where possible."""
-    if isinstance(array, np.ndarray):
-        return array
+    """Return `array` (numpy, nested lists, torch of any dtype and device) as numpy, not copied where possible."""
+    if not hasattr(array, "detach"):
+        return np.asarray(array)
     tensor = array.detach().cpu()
     return (tensor if str(tensor.dtype) in ("torch.float32", "torch.float64") else tensor.float()).numpy()
 

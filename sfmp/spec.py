@@ -6,7 +6,7 @@ import hashlib
 import json
 import numbers
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from functools import cached_property
 
@@ -91,7 +91,8 @@ class QuantSpec:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
                 raise SfmpError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
-        if isinstance(self.skip, str) or not all(isinstance(s, str) for s in self.skip):
+        if (isinstance(self.skip, str) or not isinstance(self.skip, Iterable)
+                or not all(isinstance(s, str) for s in self.skip)):
             raise SfmpError(f"skip: expected a tuple of module names, found {self.skip!r}; "
                             "for one name write (name,)")
         put("skip", tuple(self.skip))

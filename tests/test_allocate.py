@@ -200,6 +200,10 @@ def test_scope_global_moves_bits_between_layers_and_the_others_do_not():
     assert found["global"] == [2.0, 1.0, 3.0]
     assert found["layer"] == [3.0, 1.0, 2.0]
     assert found["matrix"] == [2.0, 2.0, 2.0]
+    # Layers of equal number in two stacks share nothing.
+    twins = {"encoder.0.a": salience["l.0.a"] * 1e6, "decoder.0.a": salience["l.0.a"]}
+    spec = QuantSpec(bpw=3.0, levels=(1, 2, 3), scope="layer", reorder="none", **SMALL)
+    assert [row["wbits"] for row in make_plan(twins, spec).summary()] == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "matrix"])
@@ -210,6 +214,7 @@ def test_plan_does_not_depend_on_the_order_of_the_mapping(scope):
     hashes = {make_plan({n: salience[n] for n in order}, spec).hash
               for order in (list(salience), list(reversed(salience)), sorted(salience))}
     hashes.add(make_plan({n: torch.from_numpy(s) for n, s in salience.items()}, spec).hash)
+    hashes.add(make_plan({n: s.tolist() for n, s in salience.items()}, spec).hash)
     assert len(hashes) == 1
 
 
@@ -282,6 +287,11 @@ def test_bad_salience_is_refused_by_name(value, shown):
         make_plan(salience, QuantSpec(bpw=3.7, **SMALL))
     with pytest.raises(SfmpError, match="matrix"):
         make_plan({"x": np.ones(5)}, QuantSpec(bpw=3.7, **SMALL))
+    with pytest.raises(SfmpError, match=r"salience\[x\]: expected numbers"):
+        make_plan({"x": [["a", "b"]]}, QuantSpec(bpw=3.7, **SMALL))
+    for arguments in ((None, QuantSpec()), ({"x": np.ones((5, 5))}, {"bpw": 3})):
+        with pytest.raises(SfmpError, match=r"make_plan: expected \(mapping of salience, QuantSpec\)"):
+            make_plan(*arguments)
 
 
 def test_all_zero_salience_still_meets_the_budget():
@@ -300,6 +310,18 @@ def test_measured_objective_follows_the_weights():
     spec = QuantSpec(bpw=4.0, objective="measured", reorder="none", **SMALL)
     bits = make_plan(salience, spec, model)["a"].bits
     assert (bits[:2] == 4).all() and (bits[2:] == 2).all()
+
+
+def test_measured_objective_weighs_the_error_by_salience():
+    # Both halves have the same weights; the second matters ten thousand times as much.
+    half = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(64, 64, bias=False)})
+    model["a"].weight.data = torch.cat([half, half])
+    salience = {"a": torch.ones(64, 64)}
+    salience["a"][32:] = 1e4
+    spec = QuantSpec(bpw=4.0, objective="measured", reorder="none", **SMALL)
+    bits = make_plan(salience, spec, model)["a"].bits
+    assert (bits[:2] == 2).all() and (bits[2:] == 4).all()
 
 
 def test_measured_objective_needs_the_right_model():

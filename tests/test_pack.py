@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from cases import affine_case, packed_case
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sfmp.pack import PackedMatrix, pack
@@ -89,6 +89,18 @@ def test_one_bit_zeros_need_not_be_integers():
     np.testing.assert_allclose(pack(**case).unpack()[2], 0.3125, rtol=1e-3)
 
 
+@given(cases(), st.floats(0.01, 10))
+@settings(max_examples=40, deadline=None)
+def test_integer_zeros_come_back_from_scales_that_are_no_float16(case, factor):
+    case["scales"] = (case["scales"] * np.float32(factor) * np.pi).astype(np.float32)
+    case["zeros"] = np.abs(case["zeros"]) % 4
+    assume(1 not in case["bits"])  # real zeros are legal there, so only an exact fit is read as an integer
+    codes, scales, zeros = pack(**case).unpack()
+    np.testing.assert_array_equal(codes, case["codes"])
+    np.testing.assert_array_equal(zeros, case["zeros"])
+    np.testing.assert_allclose(scales, case["scales"], rtol=2**-10, atol=2**-23)
+
+
 def test_every_byte_is_accounted():
     packed = packed_case(0, rows=40, cols=100, bias=True)
     widths, heights = np.array([32, 32, 32, 4]), np.array([16, 16, 8])
@@ -123,7 +135,9 @@ def _with(case, key, index, value):
     (lambda c: _with(c, "scales", (1, 0), 1e6), "scale.*finite in float16"),
     (lambda c: _with(c, "zeros", (1, 0), 1e9), "zero.*finite in float16"),
     (lambda c: {**c, "group_size": 48}, "group_size"),
+    (lambda c: {**c, "group_size": None}, "group_size: expected an integer"),
     (lambda c: {**c, "block_rows": 0}, "block_rows"),
+    (lambda c: {**c, "block_rows": 2.0}, "block_rows: expected an integer"),
     (lambda c: _with(c, "row_perm", 0, c["row_perm"][1]), "row_perm: expected a permutation"),
     (lambda c: {**c, "col_perm": c["col_perm"][:-1]}, "col_perm: expected a permutation"),
     (lambda c: {**c, "bias": np.zeros(3)}, "bias: expected 40"),

@@ -79,6 +79,13 @@ def test_matmul_takes_arrays_layers_and_the_lut_mode():
     assert torch.allclose(lut.view(4, 40), y, rtol=1e-4, atol=1e-3)
 
 
+def test_operands_of_another_kind_are_refused():
+    with pytest.raises(SfmpError, match="packed: expected a PackedMatrix or an SFMPLinear, found ndarray"):
+        kernels_numba.matmul(_x(1), _x(40))
+    with pytest.raises(SfmpError, match="x: expected a tensor or an array, found list"):
+        kernels_numba.matmul(_x(1).tolist(), packed_case(0))
+
+
 def test_backends_say_whether_they_can_run():
     found = kernels_numba.available()
     assert set(found) == {"cuda", "cpu", "reference"}

@@ -102,9 +102,11 @@ def test_auto_levels_are_floor_and_ceil_of_the_code_bits(bpw, group_size, expect
     ({"levels": (2, 9)}, "1..8"), ({"levels": "all"}, "auto"), ({"levels": 3}, "tuple"),
     ({"levels": (2.5, 3)}, "integer"), ({"reorder": "row"}, "both, rows, cols, none"),
     ({"method": None}, "awq"), ({"scope": "model"}, "global"), ({"objective": "loss"}, "measured"),
-    ({"skip": "lm_head"}, r"write \(name,\)"), ({"skip": (1,)}, "module names"), ({"seed": -1}, "seed"),
+    ({"skip": "lm_head"}, r"write \(name,\)"), ({"skip": (1,)}, "module names"),
+    ({"skip": None}, "tuple"), ({"seed": -1}, "seed"),
 ])
 def test_invalid_specs_say_what_was_expected(fields, message):
+    # METHOD.md 1.12 #15: a group size of -1 passed some checks and broke later.
     with pytest.raises(SfmpError, match=message):
         QuantSpec(**fields)
 
