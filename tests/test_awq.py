@@ -133,6 +133,16 @@ def test_query_and_key_are_not_clipped(tiny_llama):
     assert all("awq_exponent" in stats[name].notes for name in stats)
 
 
+def test_defect_12_names_are_compared_whole():
+    """METHOD 1.12 #12: tests such as "q_" in name also caught layers that only sound like a query or a key."""
+    layer = nn.Sequential()
+    for name in ("seq_proj", "query_mixer", "k_proj_out"):
+        layer.add_module(name, nn.Linear(32, 32))
+    plan, batch = {name: _matrix(32, 32) for name, _ in layer.named_children()}, Batch(torch.randn(40, 32))
+    _, stats, _ = search_layer(layer, plan, [batch], batch, 0, SPEC, torch.float32)
+    assert all(found.lower is not None for found in stats.values())
+
+
 def test_round_trip_uses_permutation_and_bit_map():
     weight, matrix = np.random.default_rng(3).standard_normal((24, 64)), _matrix(24, 64, seed=3)
     got = round_trip(torch.tensor(weight).float(), matrix, SPEC).numpy()

@@ -113,6 +113,7 @@ def test_saving_again_gives_the_same_files(folders, tmp_path):
 
 
 def test_config_json_says_what_the_format_says(folders):
+    # METHOD.md 1.12 #13: fake-quantized fp16 weights were saved under the name of a quantized checkpoint.
     config = json.loads((folders[0] / "config.json").read_text())["quantization_config"]
     assert set(config) == {"quant_method", "format_version", "spec", "modules", "plan_hash", "source"}
     assert config["quant_method"] == "sfmp" and config["format_version"] == 1

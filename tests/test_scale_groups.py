@@ -79,6 +79,7 @@ def test_a_wrong_fold_changes_the_model():
 
 
 def test_grouped_query_value_to_output():
+    """Defect 11 of METHOD 1.12: the output projection was never scaled under grouped-query attention."""
     layer, probe, planned, _ = _first_layer(_model("Llama"))
     group = next(g for g in find_groups(layer, probe, 0, planned)[0] if g.previous == "self_attn.v_proj")
     assert group.head_dim == 16

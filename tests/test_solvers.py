@@ -45,6 +45,7 @@ def _permuted(array, matrix):
     (4, 288, 288, 2),  # a group longer than the lazily updated columns
 ])
 def test_gptq_matches_the_textbook(rows, columns, group_size, block_rows):
+    """Also defect 7 of METHOD 1.12: gptq with a bit map, which failed as soon as one was given."""
     weight, inputs, matrix = _case(rows, columns, group_size, block_rows, 3 * columns, levels=(1, 2, 3, 4))
     spec = _spec(group_size, block_rows)
     got = dequantize(gptq(torch.tensor(weight), _stats(inputs, torch.float64), matrix, spec))
