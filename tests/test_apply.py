@@ -113,6 +113,22 @@ def test_gptq_sees_the_output_of_quantized_layers(tiny_llama, monkeypatch):
     assert tokens == 6 * 32 and torch.allclose(seen[0].T @ seen[0], gram, rtol=1e-3, atol=1e-2)
 
 
+def test_awq_sees_the_full_precision_output_of_the_layers_before(tiny_llama, monkeypatch):
+    """METHOD 1.6: the second layer is searched on what the first gave before it was quantized."""
+    seen, search = {}, sfmp.apply.search_layer
+
+    def spy(layer, planned, batches, probe, index, *rest):
+        seen[index] = torch.cat([batch.hidden for batch in batches])
+        return search(layer, planned, batches, probe, index, *rest)
+
+    monkeypatch.setattr(sfmp.apply, "search_layer", spy)
+    with torch.no_grad():
+        expected = tiny_llama(_windows(), output_hidden_states=True).hidden_states
+    quantize_model(tiny_llama, _plan(tiny_llama, "awq", levels=(2,), bpw=3.0), _windows())
+    for index in (0, 1):
+        assert torch.allclose(seen[index], expected[index], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_plain_mlp_with_features(method):
     torch.manual_seed(0)
