@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 import os
 import time
@@ -21,20 +22,12 @@ from tqdm import tqdm
 
 from sfmp import corpus, embedded
 
-STEP_TOKENS, PART_TOKENS = (
-    8192,
-    2048,
-)  # tokens of a step, and of the parts its gradient is accumulated over (cache-sized)
+STEP_TOKENS = 8192
+PART_TOKENS = 2048  # the gradient of a step is accumulated over parts whose logits fit the cache
+LOG_WINDOWS = 32  # held-out windows of each split that the log follows
 STDLIB_SHARE = 0.3  # of the windows of a batch; the rest comes from the packages
 MUON_LR, ADAMW_LR, WARMUP, DECAY = 0.02, 2e-3, 50, 0.4
-LOG_FIELDS = (
-    "step",
-    "tokens",
-    "seconds",
-    "train_loss",
-    "bits_per_byte_calibration",
-    "bits_per_byte_evaluation",
-)
+LOG_FIELDS = ("step", "tokens", "seconds", "train_loss", "bits_per_byte_calibration", "bits_per_byte_evaluation")
 
 
 def prepare(out: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -131,9 +124,9 @@ def _backward(model: torch.nn.Module, ids: torch.Tensor) -> float:
 
 @torch.no_grad()
 def bits_per_byte(
-    model: torch.nn.Module, tokens: np.ndarray, bytes_per_token: float, device: str, windows: int = 10**9
+    model: torch.nn.Module, tokens: np.ndarray, bytes_per_token: float, device: str, windows: int
 ) -> float:
-    """Return the mean loss over non-overlapping windows of the full context, in bits per byte of text."""
+    """Return the mean loss over the first non-overlapping windows of the full context, in bits per byte of text."""
     length = embedded.CONTEXT
     count = min(len(tokens) // length, windows)
     ids = torch.from_numpy(tokens[: count * length].astype(np.int64)).view(count, length).to(device)
@@ -149,7 +142,8 @@ def train(
     Parameters
     ----------
     out : Path
-        Working folder: tokenizer, token cache, state, ``training_log.csv``, and at the end the checkpoint ``model/``.
+        Working folder: tokenizer, token cache, state, ``training_log.csv`` (held-out loss on the same 32 windows of
+        each split all along), and at the end ``held_out.json`` (on the whole splits) and the checkpoint ``model/``.
     steps : int
         Optimizer steps of 8,192 tokens. May be changed between resumed runs before the learning rate starts to fall.
     device : str
@@ -197,8 +191,8 @@ def train(
             last = step == steps
             if step % log_every == 0 or last:
                 held = [
-                    bits_per_byte(model, tokens[split], bytes_per_token[split], device, 10**9 if last else 32)
-                    for split in ("calibration", "evaluation")
+                    bits_per_byte(model, tokens[split], bytes_per_token[split], device, LOG_WINDOWS)
+                    for split in bytes_per_token
                 ]
                 seconds = time.perf_counter() - start
                 rows.append([step, step * STEP_TOKENS, round(seconds, 1), loss, *held])
@@ -206,6 +200,11 @@ def train(
                 bar.set_postfix(loss=f"{loss:.3f}", calibration=f"{held[0]:.3f}", evaluation=f"{held[1]:.3f}")
             if step % save_every == 0 or last:
                 _save_state(state, model, optims, step, seconds, rows)
+    whole = {
+        split: bits_per_byte(model, tokens[split], bytes_per_token[split], device, len(tokens[split]))
+        for split in bytes_per_token
+    }
+    (out / "held_out.json").write_text(json.dumps({"bits_per_byte": whole, "steps": steps}, indent=2) + "\n", "utf-8")
     return export(model, out)
 
 
