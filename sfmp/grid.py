@@ -28,12 +28,6 @@ class BlockGrid:
     def groups(self) -> int:
         return -(-self.in_features // self.group_size)
 
-    def row_slice(self, i: int) -> slice:
-        return slice(i * self.block_rows, min((i + 1) * self.block_rows, self.out_features))
-
-    def col_slice(self, j: int) -> slice:
-        return slice(j * self.group_size, min((j + 1) * self.group_size, self.in_features))
-
     @property
     def weights(self) -> np.ndarray:
         """Real (unpadded) weights of each block, int64 [row_blocks, groups]."""
