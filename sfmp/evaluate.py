@@ -107,17 +107,16 @@ def accuracy(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    from sfmp.shared_prefix import SharedPrefixLM
+
     empty = [name for name, items in tasks.items() if not items]
     if empty:
         raise SfmpError(f"tasks {', '.join(empty)}: expected items, found none; build them with sfmp.tasks.build")
     device = str(next(model.parameters()).device)
-    lm = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        max_length=tokenizer.model_max_length,
-        device=device,
-    )
+    arguments = {"pretrained": model, "tokenizer": tokenizer, "batch_size": batch_size, "device": device}
+    lm = SharedPrefixLM(**arguments, max_length=tokenizer.model_max_length)
+    if not lm.suits():
+        lm = HFLM(**arguments, max_length=tokenizer.model_max_length)
     with tempfile.TemporaryDirectory() as folder:
         for name, items in tasks.items():
             _write_task(Path(folder), name, items)
