@@ -45,7 +45,7 @@ NOTEBOOK = (
 TABLES = ["e1_main", "e3_reorder", "e3_block", "e3_group", "e3_levels", "e3_salience", "e3_objective", "packing",
           "lut_gemm", "integration", "concentration", "allocation", "mlp_experiment"]
 FIGURES = ["overview", "salience_before_after", "bit_map", "bits_by_layer", "accuracy_vs_bpw", "perplexity_vs_bpw",
-           "reorder", "block_shape", "group_size", "levels", "salience_source", "objective"]
+           "reorder", "block_shape", "group_size", "levels", "salience_source", "objective", "mlp_curves"]
 TABLE_FILES = expand(f"{R}/tables/{{name}}.csv", name=TABLES)
 FIGURE_FILES = expand(f"{R}/figures/{{name}}.{{kind}}", name=FIGURES, kind=["svg", "png", "csv"])
 RESULTS = [*TABLE_FILES, *FIGURE_FILES, f"{R}/claims.csv"]
@@ -125,6 +125,7 @@ rule allocation:
         mlp_experiment=table("mlp_experiment"),
         bit_map=figure("bit_map"),
         bits_by_layer=figure("bits_by_layer"),
+        mlp_curves=figure("mlp_curves"),
     log: **shared.logs("allocation")
     params: **shared.params("allocation")
     threads: HEAVY_THREADS

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from sfmp.checks import SfmpError
@@ -49,7 +50,7 @@ SERIES = {
     "rtn": ("RTN", _INK[7], "v", "--"),
     "awq": ("AWQ", _INK[1], "s", "--"),
     "gptq": ("GPTQ", _INK[2], "^", "--"),
-    "sfmp-rtn": ("SFMP on RTN", _INK[8], "D", "-"),
+    "sfmp-rtn": ("SFMP on RTN", _INK[5], "D", "-"),
     "sfmp-gptq": ("SFMP on GPTQ", _INK[4], "P", "-"),
     "sfmp-awq": ("SFMP on AWQ", _INK[0], "o", "-"),
     "sfmp-awq measured": ("SFMP on AWQ, measured objective", _INK[3], "*", "-"),
@@ -70,10 +71,14 @@ def styled(draw):
 
     @functools.wraps(draw)
     def wrapper(*args, **kwargs):
-        with matplotlib.rc_context(
-            {**matplotlib.rcParamsDefault, **STYLE, "backend": matplotlib.get_backend()}
-        ):
-            return draw(*args, **kwargs)
+        kept = {"backend": matplotlib.get_backend(), "interactive": matplotlib.is_interactive()}
+        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, **kept}):
+            figure = draw(*args, **kwargs)
+            interactive = matplotlib.is_interactive()
+        # The first figure of a notebook loads its backend, which makes pyplot interactive; what is drawn while it is
+        # not, a notebook does not show.
+        matplotlib.interactive(interactive)
+        return figure
 
     return wrapper
 
@@ -125,7 +130,8 @@ def _curves(table, metric, label, error=None):
         axes.axhline(value, color="0.25", linewidth=1, linestyle=":", label="fp16 (no quantization)")
         if error:
             spread = control[error].iloc[0]
-            axes.axhspan(value - spread, value + spread, color="0.5", alpha=0.15, linewidth=0)
+            band = {"color": "0.5", "alpha": 0.15, "linewidth": 0, "label": "± its standard error"}
+            axes.axhspan(value - spread, value + spread, **band)
     names = table.method
     if "objective" in table:
         names = names.where(table.objective != "measured", names + " measured")
@@ -195,9 +201,9 @@ def ablation(table: pd.DataFrame, factor: str, order: tuple = ()):
     for i, (method, bpw) in enumerate(pairs.itertuples(index=False)):
         here = table.assign(name=text)[(table.bpw == bpw) & (table.method == method)]
         rows = here.groupby("name").perplexity.agg(["mean", "min", "max"])
-        rows = rows.reindex([n for n in names if n in rows.index])
+        rows = rows.reindex(names)  # a value that was not measured breaks the line
         shift = 0.1 * (i - (len(pairs) - 1) / 2)  # so that neighbouring series do not hide each other
-        x = np.array([names.index(n) for n in rows.index]) + shift
+        x = np.arange(len(names)) + shift
         axes.errorbar(
             x,
             rows["mean"],
@@ -212,9 +218,8 @@ def ablation(table: pd.DataFrame, factor: str, order: tuple = ()):
             markeredgewidth=0.4,
         )
         for where, value in zip(x, rows["mean"], strict=True) if len(pairs) == 1 else ():
-            axes.annotate(
-                f"{value:.4g}", (where, value), (0, 5), textcoords="offset points", ha="center", fontsize=7
-            )
+            look = {"ha": "center", "fontsize": 7, "path_effects": [withStroke(linewidth=2, foreground="white")]}
+            axes.annotate(f"{value:.4g}", (where, value), (0, 5), textcoords="offset points", **look)
     axes.margins(y=0.12)
     axes.set_xticks(range(len(names)), [_tick(n) for n in names])
     axes.set_xlim(-0.5, len(names) - 0.5)

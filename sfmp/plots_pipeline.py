@@ -95,7 +95,8 @@ def concentration(salience: Mapping, plan, top: float = 0.1) -> pd.DataFrame:
     -------
     pandas.DataFrame
         `name`, `top_share_before`, `top_share_after` (share of the salience in the top blocks), `ceiling`
-        (the same for single weights, no block constraint), `gini_before`, `gini_after`.
+        (share in as many single weights as those blocks hold: no choice of blocks can beat it), `gini_before`,
+        `gini_after`.
 
     Source: experiment A10 of METHOD §4.
     """
@@ -106,15 +107,17 @@ def concentration(salience: Mapping, plan, top: float = 0.1) -> pd.DataFrame:
         natural = [np.arange(n) for n in values.shape]
         before = reorder.block_sums(values, *natural, grid).ravel()
         after = reorder.block_sums(values, matrix.row_perm, matrix.col_perm, grid).ravel()
-        shares = [_top_share(v, top) for v in (before, after, values.ravel())]
+        blocks = max(1, round(top * before.size))
+        weights = min(values.size, blocks * plan.spec.block_rows * plan.spec.group_size)
+        shares = [_top_share(before, blocks), _top_share(after, blocks), _top_share(values.ravel(), weights)]
         rows.append((name, *shares, _gini(before), _gini(after)))
     columns = ["name", "top_share_before", "top_share_after", "ceiling", "gini_before", "gini_after"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _top_share(values, top):
+def _top_share(values, count):
     ordered = np.sort(values)[::-1]
-    return float(ordered[: max(1, round(top * ordered.size))].sum() / ordered.sum()) if ordered.sum() else 0.0
+    return float(ordered[:count].sum() / ordered.sum()) if ordered.sum() else 0.0
 
 
 def _gini(values):

@@ -91,6 +91,26 @@ def test_ablation_keeps_the_asked_order_and_one_series_per_budget():
     assert labels == ["fp16", "2.5 bpw", "3 bpw"]
 
 
+def test_ablation_draws_no_line_across_a_value_that_was_not_measured():
+    rows = [("sfmp-rtn", 2.5, "none", 9), ("sfmp-rtn", 2.5, "rows", 8), ("sfmp-rtn", 2.5, "both", 7)]
+    rows += [("sfmp-awq", 2.5, "none", 6), ("sfmp-awq", 2.5, "both", 5)]
+    table = pd.DataFrame(rows, columns=["method", "bpw", "reorder", "perplexity"])
+    series = plots.ablation(table, "reorder", ("none", "rows", "both")).axes[0].containers
+    drawn = {box.get_label(): box[0].get_ydata() for box in series}
+    assert drawn["2.5 bpw, RTN"].tolist() == [9, 8, 7]
+    assert drawn["2.5 bpw, AWQ"][[0, 2]].tolist() == [6, 5] and np.isnan(drawn["2.5 bpw, AWQ"][1])
+
+
+def test_pyplot_stays_interactive_once_it_is():
+    """A notebook shows only figures that are made while pyplot is interactive, which its first figure makes it."""
+    seen = []
+    with matplotlib.rc_context({"interactive": False}):
+        plots.styled(lambda: seen.append(matplotlib.is_interactive()))()
+        plots.styled(lambda: matplotlib.interactive(True))()  # what loading the backend of a notebook does
+        plots.styled(lambda: seen.append(matplotlib.is_interactive()))()
+    assert seen == [False, True]
+
+
 def test_ablation_sorts_numbers_by_size():
     table = pd.DataFrame(
         {"method": "sfmp-rtn", "bpw": 3.0, "group_size": [128, 32, 64], "perplexity": [3.0, 1.0, 2.0]}
@@ -147,6 +167,14 @@ def test_concentration_grows_and_stays_under_the_ceiling(salience, plan):
     ).all()
     blocks = sorted((salience["layers.0.b_proj"][:, k : k + 32].sum() for k in (0, 32, 64)), reverse=True)
     assert table.top_share_before["layers.0.b_proj"] == pytest.approx(blocks[0] / sum(blocks))
+
+
+def test_no_choice_of_blocks_beats_the_ceiling_even_where_one_block_is_more_than_the_share():
+    spec = QuantSpec(bpw=4.0, group_size=32, block_rows=16, method="rtn")
+    rng = np.random.default_rng(1)
+    flat = {"a_proj": rng.uniform(size=(32, 64)).astype(np.float32), "b_proj": rng.uniform(size=(20, 40))}
+    table = plots_pipeline.concentration(flat, make_plan(flat, spec), top=0.1)
+    assert (table.top_share_after <= table.ceiling).all() and (table.ceiling < 1).all()
 
 
 def test_gini_of_known_lists():
