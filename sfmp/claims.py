@@ -84,7 +84,10 @@ def load_tables(paths, **more: pd.DataFrame) -> dict[str, pd.DataFrame]:
         for path in map(Path, paths)
         for file in (sorted(path.glob("*.csv")) if path.is_dir() else [path])
     ]
-    return {file.stem: pd.read_csv(file) for file in files} | more
+    found = {file.stem: pd.read_csv(file) for file in files}
+    for file in files:
+        found[file.stem].attrs["manifest"] = f"{file.name}.manifest.json"
+    return found | more
 
 
 def allocation_speed(blocks: int = 1_000_000, seed: int = 0) -> pd.DataFrame:
@@ -95,7 +98,9 @@ def allocation_speed(blocks: int = 1_000_000, seed: int = 0) -> pd.DataFrame:
     losses = salience[:, None] / (2.0 ** np.array([2, 3, 4]) - 1) ** 2
     began = time.perf_counter()
     allocate(losses, np.ones(blocks, dtype=np.int64), (2, 3, 4), int(2.75 * blocks), salience)
-    return pd.DataFrame({"blocks": [blocks], "seconds": [time.perf_counter() - began]})
+    frame = pd.DataFrame({"blocks": [blocks], "seconds": [time.perf_counter() - began]})
+    frame.attrs["manifest"] = "claims.csv.manifest.json"  # measured by the notebook that writes the ledger
+    return frame
 
 
 def evaluate(claims, tables: Mapping[str, pd.DataFrame], paper: pd.DataFrame) -> pd.DataFrame:
@@ -132,7 +137,8 @@ def evaluate(claims, tables: Mapping[str, pd.DataFrame], paper: pd.DataFrame) ->
         result = (
             outcome("not-run", "", "no fp control") if gate and not free else RULES[row.rule](tables, **args)
         )
-        judged.append({**result, "manifest": f"{args['table']}.csv.manifest.json" if "table" in args else ""})
+        table = tables.get(args.get("table"))
+        judged.append({**result, "manifest": "" if table is None else table.attrs.get("manifest", "")})
     return pd.concat([ledger, pd.DataFrame(judged, columns=["ours", "verdict", "manifest"])], axis=1)
 
 

@@ -47,9 +47,14 @@ def results_block(reference: Path) -> str:
             "",
             "| claim | what the paper (or, where marked ours, this replication) says | measured | verdict |",
             "|---|---|---|---|",
-            *(f"| {row.claim} | {row.text} | {row.ours or '–'} | {row.verdict} |" for row in claims.itertuples()),
+            *map(_claim, claims.itertuples()),
         ]
     )
+
+
+def _claim(row) -> str:
+    text = f"(ours) {row.text}" if row.paper_version == "ours" else row.text
+    return f"| {row.claim} | {text} | {row.ours or '–'} | {row.verdict} |"
 
 
 def _grid(runs: pd.DataFrame, column: str, form: str) -> str:

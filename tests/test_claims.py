@@ -97,6 +97,24 @@ def test_budget_met_uses_the_tolerance_of_each_run():
     )
 
 
+def test_budget_met_is_about_runs_with_several_levels():
+    table = pd.DataFrame({"bpw": [3.0, 2.5], "bpw_achieved": 3.0, "bpw_tolerance": 0.1, "levels": ["2,3,4", "2"]})
+    assert rules.budget_met({"t": table}, table="t") == {
+        "ours": "1/1 mixed runs; largest gap 0.00e+00 bpw",
+        "verdict": "replicated",
+    }
+    assert rules.budget_met({"t": table.iloc[1:]}, table="t")["verdict"].startswith("not-run")
+
+
+def test_every_verdict_names_the_manifest_of_its_evidence(tmp_path):
+    main().to_csv(tmp_path / "e1_main.csv", index=False)
+    tables = claims.load_tables([tmp_path], allocation_speed=claims.allocation_speed(blocks=10))
+    judged = claims.evaluate(CONFIG / "claims.tsv", tables, read_paper_values(CONFIG / "paper_values.tsv"))
+    found = judged.set_index("claim").manifest
+    assert found["C01"] == "e1_main.csv.manifest.json" and found["C25"] == found["C23"] == ""
+    assert found["C20"] == "claims.csv.manifest.json"  # measured by the notebook that writes the ledger
+
+
 def test_control_must_be_best():
     assert rules.control_first({"t": main()}, table="t")["verdict"] == "replicated"
     assert rules.control_first({"t": main(fp=13)}, table="t")["verdict"] == "not-replicated"
