@@ -8,20 +8,25 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
 from sfmp.checks import SfmpError, write_atomically
 from sfmp.design import load_design, read_yaml
 from sfmp.readme import update_readme
-from sfmp.workflow import closing_words
+from sfmp.workflow import NOTEBOOKS, closing_words
 
 PUBLISHED = (".csv", ".md", ".png")
 LARGEST_FILE, LARGEST_TOTAL = 300_000, 2_000_000  # bytes of committed evidence
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", re.S)
 
 
 def render_notebooks(logs: Path, index: Path) -> list[Path]:
     """Render every executed notebook under `logs` to HTML beside `index`, and write the page that links them.
+
+    The pages need no network: figures are inside, formulas are MathML.
 
     Parameters
     ----------
@@ -33,7 +38,7 @@ def render_notebooks(logs: Path, index: Path) -> list[Path]:
     Returns
     -------
     list of Path
-        The pages, in the order of the index.
+        The pages, in the order of the index: that of the pipeline, then by name.
 
     Raises
     ------
@@ -43,39 +48,63 @@ def render_notebooks(logs: Path, index: Path) -> list[Path]:
     import nbformat
     from nbconvert import HTMLExporter
 
-    sources = sorted(logs.rglob("*.ipynb"))
+    steps = list(NOTEBOOKS)
+    found = {path: path.relative_to(logs).with_suffix("").parts for path in logs.rglob("*.ipynb")}
+    known = {path: parts for path, parts in found.items() if parts[0] in steps}
+    sources = sorted(known, key=lambda path: (steps.index(known[path][0]), path))
     if not sources:
         raise SfmpError(
             f"{logs}: expected executed notebooks, found none; run the workflow first (snakemake)"
         )
     exporter = HTMLExporter(template_name="basic")
-    pages = []
+    pages, links = [], {}
     for source in sources:
-        body, _ = exporter.from_notebook_node(nbformat.read(source, as_version=4))
+        notebook = nbformat.read(source, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = FORMULA.sub(_mathml, cell.source)
+        body, _ = exporter.from_notebook_node(notebook)
         page = index.parent / source.relative_to(logs).with_suffix(".html")
-        title = source.relative_to(logs).with_suffix("").as_posix()
-        _write(page, _page(title, body))
+        step, *run = known[source]
+        title = html.escape(" ".join([NOTEBOOKS[step][0], *run]))
+        back = Path(os.path.relpath(index, page.parent)).as_posix()
+        _write(page, _page(title, f'<p><a href="{back}">all notebooks</a></p>\n{body}'))
+        link = f'<a href="{page.relative_to(index.parent).as_posix()}">{title}</a>'
+        links.setdefault(step, []).append(link)
         pages.append(page)
-    links = "".join(
-        f'<li><a href="{page.relative_to(index.parent).as_posix()}">'
-        f"{html.escape(page.relative_to(index.parent).with_suffix('').as_posix())}</a></li>\n"
-        for page in pages
-    )
-    _write(index, _page("Executed notebooks", f"<h1>Executed notebooks</h1>\n<ul>\n{links}</ul>"))
+    lists = "".join(map(_list, links, links.values()))
+    _write(index, _page("Executed notebooks", f"<h1>Executed notebooks</h1>\n{lists}"))
     print(f"{len(pages)} pages under {index.parent}")
     return pages
+
+
+def _list(step: str, links: list[str]) -> str:
+    """Links to the pages of one notebook; many are folded under one line."""
+    if len(links) == 1:
+        return f"<p>{links[0]}</p>\n"
+    items = "\n".join(f"<li>{link}</li>" for link in links)
+    return f"<details><summary>{NOTEBOOKS[step][0]}: {len(links)} runs</summary><ul>\n{items}\n</ul></details>\n"
+
+
+def _mathml(formula: re.Match) -> str:
+    """A formula as MathML, which browsers draw without a script and without a network."""
+    from latex2mathml.converter import convert
+
+    block, inline = formula.groups()
+    return convert(block or inline, display="block" if block else "inline")
 
 
 STYLE = """body{max-width:60em;margin:2em auto;padding:0 1em;font:16px/1.5 sans-serif;color:#222}
 pre{background:#f6f6f6;padding:.6em;overflow-x:auto;font-size:13px}img{max-width:100%}
 table{border-collapse:collapse;font-size:13px}td,th{padding:.2em .6em;text-align:right;
 border-bottom:1px solid #ddd}
+summary{margin:.6em 0;cursor:pointer}math[display=block]{margin:1em 0}.anchor-link{display:none}
 .jp-InputPrompt,.jp-OutputPrompt,.prompt{color:#999;font-size:11px}"""
 
 
 def _page(title: str, body: str) -> str:
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
 

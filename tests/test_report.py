@@ -1,6 +1,7 @@
 """Closing steps: pages of executed notebooks, and publication of small evidence with its manifests."""
 
 import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -8,6 +9,7 @@ import pytest
 
 from sfmp.report import publish, render_notebooks
 from sfmp.spec import SfmpError
+from sfmp.workflow import NOTEBOOKS
 
 
 def result(folder: Path, name: str, text: str) -> None:
@@ -50,10 +52,31 @@ def test_publish_refuses(tmp_path, flaw, message):
 
 def test_executed_notebooks_become_pages(tmp_path):
     cells = [nbformat.v4.new_code_cell("a = 1\nprint(a)")]
-    (tmp_path / "logs/eval").mkdir(parents=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "logs/eval/x.ipynb")
-    render_notebooks(tmp_path / "logs", tmp_path / "html/index.html")
-    assert 'href="eval/x.html"' in (tmp_path / "html/index.html").read_text()
-    assert "print" in (tmp_path / "html/eval/x.html").read_text()
+    (tmp_path / "logs/evaluation").mkdir(parents=True)
+    for name in ("evaluation/x", "evaluation/y", "e1", "overview"):
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"logs/{name}.ipynb")
+    pages = render_notebooks(tmp_path / "logs", tmp_path / "html/index.html")
+    names = [page.relative_to(tmp_path / "html").as_posix() for page in pages]
+    assert names == ["overview.html", "evaluation/x.html", "evaluation/y.html", "e1.html"]  # as in the pipeline
+    index = (tmp_path / "html/index.html").read_text()
+    assert re.findall(r'href="([^"]+)"', index) == names
+    page = (tmp_path / "html/evaluation/x.html").read_text()
+    assert "print" in page and 'href="../index.html"' in page
     with pytest.raises(SfmpError, match="expected executed notebooks"):
         render_notebooks(tmp_path / "none", tmp_path / "html/index.html")
+
+
+def test_every_formula_of_the_notebooks_is_drawn_without_a_network(tmp_path):
+    notebooks = Path(__file__).resolve().parents[1] / "notebooks"
+    (tmp_path / "logs").mkdir()
+    formulas = 0
+    for rule, (stem, _) in NOTEBOOKS.items():
+        text = (notebooks / f"{stem}.ipynb").read_text("utf-8")
+        (tmp_path / f"logs/{rule}.ipynb").write_text(text, "utf-8")
+    for page in render_notebooks(tmp_path / "logs", tmp_path / "html/index.html"):
+        text = page.read_text("utf-8")
+        formulas += text.count("<math")
+        prose = re.sub(r'<div class="highlight.*?</pre>', "", text, flags=re.S)
+        assert "$" not in prose and "\\frac" not in prose, page
+        assert not re.search(r'(?:src|href)="https?:', text), page
+    assert formulas >= 40
