@@ -215,6 +215,6 @@ def closing_words(design: Design, seconds: float | None = None, failed: bool = F
         if path.stem != design.tier:
             lines.append(
                 f"  tier {path.stem} ({needs['status']} here): {needs['hardware']}; disk {needs['disk']}; "
-                f"time {needs['time']}\n    snakemake --cores 8 --config tier={path.stem}"
+                f"time {needs['time']}\n    its plan: snakemake -n --config tier={path.stem}"
             )
     return "\n".join(lines)

@@ -209,6 +209,7 @@ def test_kill_then_same_command_then_nothing_then_only_what_an_edit_touches(chec
 
     os.utime(checkout / "notebooks" / "01_calibration.ipynb")
     assert "Nothing to be done" in snakemake(checkout, "--cores", "8", TARGET)
+    assert "Nothing to be done" in snakemake(checkout, TARGET)  # --cores may be left out
 
     notebook = checkout / "notebooks" / "02_salience.ipynb"
     notebook.write_text(notebook.read_text().replace("run.finish()", "run.finish()  # edited"))
