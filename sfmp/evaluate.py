@@ -91,7 +91,7 @@ def accuracy(
     Returns
     -------
     dict
-        Task name → ``acc``, ``acc_norm`` (likelihood per byte of the choice), their standard errors ``acc_stderr``,
+        Task name → ``acc``, ``acc_norm`` (likelihood per character of the choice), their standard errors ``acc_stderr``,
         ``acc_norm_stderr``, ``n``, and ``chance`` (the mean of 1 / number of choices).
 
     Raises
