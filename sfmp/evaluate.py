@@ -91,8 +91,8 @@ def accuracy(
     Returns
     -------
     dict
-        Task name → ``acc``, ``acc_norm`` (likelihood per character of the choice), their standard errors ``acc_stderr``,
-        ``acc_norm_stderr``, ``n``, and ``chance`` (the mean of 1 / number of choices).
+        Task name → ``acc``, ``acc_norm`` (likelihood per character of the choice), their standard errors
+        ``acc_stderr``, ``acc_norm_stderr``, ``n``, and ``chance`` (the mean of 1 / number of choices).
 
     Raises
     ------
