@@ -37,6 +37,8 @@ def results_block(reference: Path) -> str:
             "",
             _grid(runs, "perplexity", "{:.2f}"),
             "",
+            "![perplexity against bits per weight](results/reference/embedded/figures/perplexity_vs_bpw.png)",
+            "",
             f"Zero-shot accuracy in per cent, mean of three tasks, ± {100 * control.acc_stderr:.1f} standard error; "
             f"without quantization {100 * control.acc:.1f}:",
             "",

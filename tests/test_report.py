@@ -30,6 +30,8 @@ def test_publish_copies_small_evidence_with_its_manifests(tmp_path):
     result(source, "tables/e1.csv", "a\n")
     result(source, "claims.csv", "b\n")
     result(source, "figures/big.svg", "c\n")
+    again = Path(f"{source}/tables/e1.md.manifest.json")  # another result of the same execution
+    again.write_text((source / "tables/e1.csv.manifest.json").read_text())
     publish(source, target)
     assert sorted(p.name for p in target.rglob("*") if p.is_file()) == [
         "claims.csv",
@@ -43,7 +45,7 @@ def test_publish_copies_small_evidence_with_its_manifests(tmp_path):
     "flaw, message", [("no manifest", "no manifest says"), ("too large", "too large to commit")]
 )
 def test_publish_refuses(tmp_path, flaw, message):
-    result(tmp_path, "claims.csv", "b" * (400_000 if flaw == "too large" else 1))
+    result(tmp_path, "claims.csv", "b" * (600_000 if flaw == "too large" else 1))
     if flaw == "no manifest":
         Path(f"{tmp_path / 'claims.csv'}.manifest.json").unlink()
     with pytest.raises(SfmpError, match=message):
