@@ -35,6 +35,7 @@ if workflow.is_main_process and not workflow.dryrun and (released := release_sta
 shell.prefix(
     f"set -euo pipefail; export PATH={str(Path(sys.executable).parent)!r}:$PATH SFMP_WORKFLOW={own_mark()} "
     "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "
+    "PYTHONWARNINGS='ignore:IProgress not found' "
     f"PYTHONHASHSEED=0 {'HF_HUB_OFFLINE=1' if design.tier == 'embedded' else ''}; "
 )
 NOTEBOOK = (

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import warnings
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 
@@ -49,7 +50,8 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
     Parameters
     ----------
     model : nn.Module
-        Any module tree and device, float32 or bfloat16. Left as found: gradient flags, gradients, modes.
+        Any module tree and device, float32 or bfloat16 (float16 gradients may underflow: a warning says so).
+        Left as found: gradient flags, gradients, modes.
     windows : integers [n, seqlen], or any iterable of samples that `loss_fn` understands
         One backward pass each (batch 1), so gradients are squared per sample.
     skip : names of linear layers to leave out, full or last component
@@ -80,6 +82,9 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise SfmpError(f"{name}.weight: expected floating point, found {weight.dtype}; is it quantized?")
+    if any(weight.dtype == torch.float16 for weight in weights.values()):
+        warnings.warn("fisher_salience: the model is float16, whose gradients underflow below 6e-8; load it in "
+                      "float32 or bfloat16", stacklevel=2)
     sums = {weight: torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
             for weight in weights.values()}
     reached = set()

@@ -407,3 +407,8 @@ def test_other_files_are_refused(tmp_path):
     save_salience({"w": torch.ones(2)[None]}, path)
     with pytest.raises(SfmpError, match=r"\[N, K\]"):
         save_salience({"w": torch.ones(2)}, path)
+
+
+def test_float16_models_are_warned_about(tiny_llama):
+    with pytest.warns(UserWarning, match="underflow"):
+        fisher_salience(tiny_llama.half(), torch.arange(16)[None])
