@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import json
 import warnings
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 
