@@ -176,8 +176,9 @@ def save_windows(windows: torch.Tensor, path: str | Path, **meta: str | float) -
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"fingerprint": fingerprint(windows), **{key: str(value) for key, value in meta.items()}}
-    save_file({"windows": windows.contiguous()}, path.with_suffix(".tmp"), metadata)
+    description = {"fingerprint": fingerprint(windows), **{key: str(value) for key, value in meta.items()}}
+    # One key: safetensors writes several in an order of its own, and equal windows should be equal files.
+    save_file({"windows": windows.contiguous()}, path.with_suffix(".tmp"), {"windows": json.dumps(description)})
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -197,7 +198,7 @@ def load_windows(path: str | Path) -> tuple[torch.Tensor, dict[str, str]]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        windows, meta = file.get_tensor("windows"), file.metadata() or {}
+        windows, meta = file.get_tensor("windows"), json.loads((file.metadata() or {}).get("windows", "{}"))
     if meta.get("fingerprint") != fingerprint(windows):
         found = fingerprint(windows)
         raise SfmpError(

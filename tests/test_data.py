@@ -77,7 +77,9 @@ def test_evaluation_windows_cut_the_joined_text_without_overlap():
 
 def test_windows_round_trip_and_a_changed_file_is_refused(tmp_path):
     windows = torch.from_numpy(np.arange(12).reshape(3, 4))
-    data.save_windows(windows, tmp_path / "w.safetensors", source="python:calibration")
+    data.save_windows(windows, tmp_path / "w.safetensors", source="python:calibration", seed=0, model="m")
+    data.save_windows(windows, tmp_path / "again.safetensors", source="python:calibration", seed=0, model="m")
+    assert (tmp_path / "w.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
     loaded, meta = data.load_windows(tmp_path / "w.safetensors")
     assert torch.equal(loaded, windows) and meta["source"] == "python:calibration"
     assert meta["fingerprint"] == data.fingerprint(windows) != data.fingerprint(windows.view(4, 3))
