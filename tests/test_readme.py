@@ -18,10 +18,10 @@ def test_the_results_in_the_readme_are_the_published_ones():
 
 def test_only_the_marked_part_is_replaced(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"# title\n{BEGIN}\nold\n{END}\nthe rest\n", "utf-8")
+    readme.write_text(f"# title\n{BEGIN}\nSTALE\n{END}\nthe rest\n", "utf-8")
     update_readme(readme, REFERENCE)
     text = readme.read_text("utf-8")
-    assert text.startswith("# title\n") and text.endswith(f"{END}\nthe rest\n") and "old" not in text
+    assert text.startswith("# title\n") and text.endswith(f"{END}\nthe rest\n") and "STALE" not in text
     readme.write_text("# no markers\n", "utf-8")
     with pytest.raises(SfmpError, match="found no pair"):
         update_readme(readme, REFERENCE)
