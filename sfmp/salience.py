@@ -167,8 +167,15 @@ SALIENCE_SOURCES: dict[str, Callable] = {
     "fisher": lambda model, windows, seed=0, **options: fisher_salience(model, windows, **options),
     "magnitude": lambda model, windows=None, seed=0, **options: magnitude_salience(model, **options),
     "activation": lambda model, windows, seed=0, **options: activation_salience(model, windows, **options),
+    "guided": lambda model, windows, seed=0, **options: _guided(model, windows, **options),
     "random": lambda model, windows=None, seed=0, **options: random_salience(model, seed, **options),
 }
+
+
+def _guided(model, windows, **options):
+    from sfmp.baselines.guided import guided_salience
+
+    return guided_salience(model, windows, **options)
 
 
 def save_salience(salience: Mapping[str, torch.Tensor], path, meta: Mapping | None = None) -> None:
