@@ -1,4 +1,5 @@
-"""SFMPLinear: a linear layer whose buffers are the stored tensors of one PackedMatrix."""
+"""SFMPLinear: a linear layer whose buffers are the stored tensors of one PackedMatrix; and what any layer with
+such buffers needs."""
 
 from __future__ import annotations
 
@@ -12,7 +13,43 @@ from sfmp.checks import SfmpError
 from sfmp.packed import TENSORS, PackedMatrix
 
 
-class SFMPLinear(nn.Module):
+class StoredLinear(nn.Module):
+    """Base of the layers whose weight is a few stored tensors: buffers that keep their dtypes.
+
+    ``.to(dtype)`` casts only ``bias``; what was derived from the tensors lives in ``_cache`` and is dropped
+    when they move.
+
+    Attributes
+    ----------
+    stored : names of the buffers, ``bias`` excluded
+    """
+
+    stored: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        # .to(dtype), .half(), .type() must move the stored tensors but never change their numbers. Shown to
+        # fn as bytes, they are no floating tensors; if fn changes even those, only its device is taken.
+        stored = {key: self._buffers.pop(key) for key in self.stored}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update({**stored, "bias": self._buffers.pop("bias")})
+        for key, tensor in stored.items():
+            moved = fn(tensor.view(torch.uint8))
+            kept = moved.dtype == torch.uint8
+            self._buffers[key] = moved.view(tensor.dtype) if kept else tensor.to(moved.device)
+        self._cache = {}
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._cache = {}
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_cache": {}}  # copies and pickles rebuild what backends derived
+
+
+class SFMPLinear(StoredLinear):
     """Drop-in for ``nn.Linear`` on packed weights: y = x Wᵀ + bias, x and y in natural order.
 
     x is [..., in_features] in float32, bfloat16, float16 or float64; y has the dtype of x. The buffers
@@ -23,6 +60,8 @@ class SFMPLinear(nn.Module):
     ----------
     backend, mode : what ``kernels_numba.matmul`` is asked for; "auto" and None by default
     """
+
+    stored = TENSORS
 
     def __init__(self, packed: PackedMatrix):
         super().__init__()
@@ -79,32 +118,10 @@ class SFMPLinear(nn.Module):
                 f"bias={self.bias is not None}, "
                 f"group_size={self.group_size}, block_rows={self.block_rows}{bpw}")
 
-    def _apply(self, fn, recurse=True):
-        # .to(dtype), .half(), .type() must move the stored tensors but never change their numbers. Shown to
-        # fn as bytes, they are no floating tensors; if fn changes even those, only its device is taken.
-        stored = {key: self._buffers.pop(key) for key in TENSORS}
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._buffers.update({**stored, "bias": self._buffers.pop("bias")})
-        for key, tensor in stored.items():
-            moved = fn(tensor.view(torch.uint8))
-            kept = moved.dtype == torch.uint8
-            self._buffers[key] = moved.view(tensor.dtype) if kept else tensor.to(moved.device)
-        self._cache = {}
-        return self
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._cache = {}
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_cache": {}}  # copies and pickles rebuild what backends derived
-
 
 @contextmanager
 def keep_dequantized(model: nn.Module) -> Iterator[nn.Module]:
-    """Keep the dequantized float32 weight of every SFMPLinear in memory while inside; results do not change.
+    """Keep the dequantized float32 weight of every `StoredLinear` in memory while inside; results do not change.
 
     The reference backend then dequantizes each matrix once instead of at every call: for evaluation, where
     memory for one float32 copy of the model is at hand.
@@ -112,9 +129,9 @@ def keep_dequantized(model: nn.Module) -> Iterator[nn.Module]:
     Raises
     ------
     SfmpError
-        The model has no SFMPLinear.
+        The model has no SFMPLinear or other `StoredLinear`.
     """
-    layers = [module for module in model.modules() if isinstance(module, SFMPLinear)]
+    layers = [module for module in model.modules() if isinstance(module, StoredLinear)]
     if not layers:
         raise SfmpError("model: expected at least one SFMPLinear, found none; quantize the model first")
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from sfmp import evaluate, tasks
-from sfmp.linear import SFMPLinear, keep_dequantized
+from sfmp.linear import StoredLinear, keep_dequantized
 from sfmp.stages import load_model, load_tokenizer
 
 
@@ -34,5 +34,5 @@ def zero_shot(model, tokenizer, names, seed: int = 0) -> dict[str, dict[str, flo
 
 
 def _dequantized_once(model):
-    packed = any(isinstance(module, SFMPLinear) for module in model.modules())
+    packed = any(isinstance(module, StoredLinear) for module in model.modules())
     return keep_dequantized(model) if packed else contextlib.nullcontext()
