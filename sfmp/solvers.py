@@ -92,7 +92,7 @@ def rtn(weight, stats, matrix_plan, spec) -> Quantized:
                     lower=lower, upper=upper)
 
 
-def gptq(weight, stats, matrix_plan, spec) -> Quantized:
+def gptq(weight, stats, matrix_plan, spec, choose=None) -> Quantized:
     """Round columns in permuted order, compensating each error in the columns that follow.
 
     Parameters
@@ -104,6 +104,8 @@ def gptq(weight, stats, matrix_plan, spec) -> Quantized:
     matrix_plan : MatrixPlan
         Columns are visited in ``col_perm`` order (it replaces act-order), rows have the bits of their block.
     spec : QuantSpec
+    choose : callable, optional
+        See `round_columns`.
 
     Returns
     -------
@@ -121,31 +123,95 @@ def gptq(weight, stats, matrix_plan, spec) -> Quantized:
     chosen from the current, already compensated weights when its first column is reached.  Unlike METHOD 1.7
     the range is not forced to include zero: zeros are not clamped, so nothing saturates.  O(N K²) time.
     """
+    current, factor = compensation(weight, stats, matrix_plan)
+    return round_columns(current, factor, matrix_plan.bits, spec, choose)
+
+
+def compensation(weight, stats, matrix_plan):
+    """Weights to round and the factor of the inverse Hessian that says where their errors go.
+
+    Parameters
+    ----------
+    weight, stats, matrix_plan
+        As in `gptq`.
+
+    Returns
+    -------
+    current : Tensor [N, K]
+        Permuted order; columns that never see an input are zero.
+    factor : Tensor [K, K]
+        Upper triangular U with Uᵀ U = (H + damping)⁻¹, H = 2 / tokens · sum x xᵀ, both in permuted order.
+
+    Raises
+    ------
+    SfmpError
+        As in `gptq`.
+
+    Notes
+    -----
+    Source: METHOD.md 2.1.
+    """
     if stats is None or stats.gram is None:
         raise SfmpError("gptq: expected the Gram matrix of the inputs, found none; pass calibration windows")
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     current, _, columns = _permuted(weight.detach().to(dtype), matrix_plan)
-    bits = check_bits(matrix_plan.bits, current, spec.group_size, spec.block_rows)
     hessian = stats.gram.to(dtype)[columns][:, columns] * (2.0 / max(stats.tokens, 1))
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1.0
     current[:, dead] = 0.0
     factor, damping = inverse_cholesky(hessian)
     stats.notes.update(damping=damping, dead_columns=int(dead.sum()))
+    return current, factor
 
-    rows, total = current.shape
+
+def round_columns(current, factor, bits, spec, choose=None) -> Quantized:
+    """The column update of GPTQ: round a column, take its error from the columns that follow.
+
+    Parameters
+    ----------
+    current : Tensor [N, K]
+        Weights in permuted order; not modified.
+    factor : Tensor [K, K]
+        Upper triangular, see `compensation`.
+    bits : integers [row_blocks, groups]
+    spec : QuantSpec
+        Its group_size and block_rows.
+    choose : callable, optional
+        ``choose(part, bits, diagonal) -> scales, zeros`` chooses the parameters [N] of a group from its
+        compensated weights float32 [N, width], the bits float32 [N] of its rows, and the diagonal of `factor`
+        float32 [width] at its columns; `sfmp.quantize.group_parameters` (min-max) by default.
+
+    Returns
+    -------
+    Quantized
+
+    Raises
+    ------
+    SfmpError
+        If the bit map does not fit the weights.
+
+    Notes
+    -----
+    Source: METHOD.md 2.1.
+    """
+    bits = check_bits(bits, current, spec.group_size, spec.block_rows)
+    dtype, (rows, total) = current.dtype, current.shape
     per_row = row_bits(bits, rows, spec.block_rows, current.device)
+    diagonal = factor.diagonal().to(torch.float32)
     codes = torch.empty(total, rows, dtype=torch.uint8, device=current.device)
     scales, zeros = torch.empty_like(per_row), torch.empty_like(per_row)
-    rest = current.T.contiguous()  # [K, N]: a column of the weight is contiguous
+    # [K, N]: a column of the weight is contiguous. A copy even where N or K is 1 and T is contiguous already.
+    rest = current.T.clone(memory_format=torch.contiguous_format)
     lazy = next((size for size in LAZY_COLUMNS if spec.group_size % size == 0), spec.group_size)
     for start in range(0, total, lazy):
         stop = min(start + lazy, total)
         group = start // spec.group_size
         width = per_row[:, group]
         if start % spec.group_size == 0:
-            part = rest[start : start + spec.group_size].T
-            scales[:, group], zeros[:, group] = group_parameters(part.to(torch.float32), width)
+            columns = slice(start, start + spec.group_size)
+            part = rest[columns].T.to(torch.float32)
+            parameters = group_parameters(part, width) if choose is None else choose(part, width, diagonal[columns])
+            scales[:, group], zeros[:, group] = parameters
         step, base, top = (x.to(dtype) for x in stored_grid(scales[:, group], zeros[:, group], width))
         errors = torch.empty(stop - start, rows, dtype=dtype, device=current.device)
         for column in range(start, stop):
