@@ -9,6 +9,7 @@ Source: METHOD.md sections 1.6, 1.7; DESIGN.md section 3.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections import Counter
 
@@ -16,18 +17,16 @@ import torch
 from torch import nn
 
 from sfmp.awq import SEARCH_TOKENS, search_layer, shared_inputs
-from sfmp.checks import numbers_of, token_ids
 from sfmp.linear import SFMPLinear
 from sfmp.pack import pack
 from sfmp.quantize import dequantize
 from sfmp.solvers import SOLVERS, Stats, rtn
 from sfmp.spec import SfmpError
 from sfmp.walk import Batch, as_float32, capture, find_layers, in_float32, is_chain, observe, run_layer
+from sfmp.windows import batches_of, checked_windows, probe_of
 
-PROBE_TOKENS = 64  # tokens on which scale groups are proved
 
-
-def quantize_model(model, plan, windows=None, *, progress=False):
+def quantize_model(model, plan, windows=None, *, progress=False, solver=None, new_stats=Stats):
     """Quantize a model in place by a plan.
 
     Parameters
@@ -41,6 +40,11 @@ def quantize_model(model, plan, windows=None, *, progress=False):
         model that is fed features.
     progress : bool
         Show a progress bar over matrices.
+    solver : callable, optional
+        ``(weight, stats, matrix_plan, spec) -> Quantized`` in the place of the one ``plan.spec.method`` names
+        (sfmp.solvers); the bits it returns may differ from the plan's.
+    new_stats : callable
+        Makes the empty `Stats` of each matrix under gptq; a subclass may keep more of the inputs it is given.
 
     Returns
     -------
@@ -61,13 +65,13 @@ def quantize_model(model, plan, windows=None, *, progress=False):
     linears = _planned_linears(model, plan)
     method = plan.spec.method
     if method != "rtn":
-        windows = _checked_windows(model, windows, method)
+        windows = checked_windows(model, windows, method)
     training = [name for name, module in model.named_modules() if module.training]
     model.eval()
     report = {"method": method, "matrices": {}, "refused": []}
     try:
         with _bar(len(linears), progress) as done:
-            job = _Job(model, plan, linears, report, done)
+            job = _Job(model, plan, linears, report, done, solver or SOLVERS[method], new_stats)
             if method == "rtn":
                 for name in linears:
                     job.replace({name: job.solve(name, linears[name].weight.detach(), None)})
@@ -88,16 +92,16 @@ def quantize_model(model, plan, windows=None, *, progress=False):
 class _Job:
     """One call of quantize_model."""
 
-    def __init__(self, model, plan, linears, report, done):
+    def __init__(self, model, plan, linears, report, done, solver, new_stats):
         self.model, self.plan, self.spec, self.report, self.done = model, plan, plan.spec, report, done
-        self.linears = linears
+        self.linears, self.solver, self.new_stats = linears, solver, new_stats
         # Also modules count: a module mounted twice must not be scaled for one of its places only.
         uses = Counter(id(p) for m in _mounted(model) for p in m._parameters.values() if p is not None)
         self.shared = frozenset(key for key, count in uses.items() if count > 1)
 
     def solve(self, name, weight, stats):
         """Quantize one matrix; errors name it."""
-        solver = SOLVERS[self.spec.method]
+        solver = self.solver
         if self.spec.method == "gptq" and stats is not None and stats.tokens == 0:
             warnings.warn(f"gptq: no calibration token reached {name}; rounded it to nearest", stacklevel=4)
             solver = rtn
@@ -136,7 +140,7 @@ class _Job:
         """Quantize with calibration: stacks of layers, and what is outside of them."""
         stacks = [
             stack for stack in find_layers(self.model, self.linears)
-            if is_chain(self.model, [layer for _, layer in stack], _probe(windows))
+            if is_chain(self.model, [layer for _, layer in stack], probe_of(windows))
         ]
         prefixes = [prefix for stack in stacks for prefix, _ in stack]
         inside = [n for n in self.linears if any(n == p or n.startswith(p + ".") for p in prefixes)]
@@ -152,7 +156,7 @@ class _Job:
     def stack(self, stack, windows, names):
         """Quantize the named linears of one stack of layers."""
         layers, whole = [layer for _, layer in stack], stack[0][1] is self.model
-        groups = [_probe(windows), *_batches(windows)]
+        groups = [probe_of(windows), *batches_of(windows, SEARCH_TOKENS)]
         if whole:
             device = next(self.model.parameters()).device
             batches = [Batch(as_float32(group.to(device))) for group in groups]
@@ -195,7 +199,7 @@ class _Job:
         """Hessians, codes; outputs of the quantized layer go on."""
         probe, *rest = batches
         leaders = shared_inputs(layer, probe, index, inner) if inner else {}
-        stats = {short: Stats() for short in inner}
+        stats = {short: self.new_stats() for short in inner}
 
         def see(short, args, kwargs):
             if leaders.get(short, short) == short:
@@ -207,8 +211,7 @@ class _Job:
                     run_layer(layer, batch, index)
         quantized = {}
         for short, name in inner.items():
-            leader = stats[leaders.get(short, short)]
-            own = Stats(gram=leader.gram, tokens=leader.tokens)
+            own = dataclasses.replace(stats[leaders.get(short, short)], notes={})
             quantized[name] = self.solve(name, layer.get_submodule(short).weight.detach(), own)
             self.report["matrices"].setdefault(name, {}).update(own.notes)
         if not last:
@@ -237,46 +240,6 @@ def _planned_linears(model, plan):
             raise SfmpError(f"{name}: the plan expects shape {matrix.shape}, found {found}")
         linears[name] = module
     return linears
-
-
-def _checked_windows(model, windows, method):
-    """Calibration windows as a tensor [n, ...], or a clear error."""
-    if windows is None:
-        raise SfmpError(f"{method} needs calibration: expected windows (int64 [n, seqlen]), found None; pass "
-                        "windows=..., or make the plan with method='rtn'")
-    windows = numbers_of("windows", windows)
-    if not windows.is_floating_point():
-        windows = token_ids("windows", windows, model)
-        if windows.ndim == 3 and windows.shape[1] == 1:  # a list of [1, seqlen], as tokenizers return them
-            windows = windows.squeeze(1)
-    if windows.ndim < 2 or windows.shape[0] == 0 or windows.shape[1] == 0:
-        raise SfmpError(f"windows: expected shape [n, seqlen] with n >= 1, found {tuple(windows.shape)}")
-    if windows.is_floating_point():
-        if not bool(torch.isfinite(windows).all()):
-            raise SfmpError("windows: expected finite features, found NaN or infinity")
-        return windows.to(next(model.parameters()).dtype)
-    return windows
-
-
-def _batches(windows):
-    """Windows in batches of about SEARCH_TOKENS tokens; the first is spread evenly over all windows."""
-    tokens = 1
-    for size in windows.shape[1:-1] if windows.is_floating_point() else windows.shape[1:]:
-        tokens *= size
-    count = max(1, SEARCH_TOKENS // tokens)
-    if count >= len(windows):
-        return [windows]
-    first = torch.arange(count) * len(windows) // count
-    rest = torch.ones(len(windows), dtype=torch.bool)
-    rest[first] = False
-    return [windows[first], *windows[rest].split(count)]
-
-
-def _probe(windows):
-    """A short batch: up to PROBE_TOKENS tokens of the first window, or as many feature rows."""
-    if windows.is_floating_point():
-        return windows[:PROBE_TOKENS] if windows.ndim == 2 else windows[:1, :PROBE_TOKENS]
-    return windows[:1, :PROBE_TOKENS]
 
 
 def _mounted(model):
