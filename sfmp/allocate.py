@@ -1,5 +1,6 @@
 """Budget to bits per block, without search: one Lagrange threshold over the blocks' lower convex hulls."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -143,28 +144,67 @@ def make_plan(salience: Mapping, spec: QuantSpec, model=None) -> Plan:
     if spec.objective == "measured" and model is None:
         raise SfmpError('model: expected a model, as objective="measured" quantizes its weights; '
                         "found None; call make_plan(salience, spec, model)")
+    problem = block_problem(salience, spec, model)
+    grids = problem.grids
+    bits, carried = {}, 0
+    for members in _scopes(list(grids), spec.scope):
+        losses, weights, sums = problem.arrays(members)
+        budget = spec.budget_bits(int(weights.sum())) + carried
+        chosen = allocate(losses, weights, spec.candidate_levels, budget, sums)
+        carried = budget - int((chosen * weights).sum())
+        ends = np.cumsum([grids[name].weights.size for name in members])[:-1]
+        bits.update(zip(members, np.split(chosen, ends), strict=True))
+    return problem.plan(np.concatenate([bits[name] for name in grids]))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockProblem:
+    """What an allocation decides on, by matrix in the order of names.
+
+    Attributes
+    ----------
+    spec : QuantSpec
+    permuted : dict name -> (row_perm, col_perm)
+    grids : dict name -> BlockGrid
+    sums : dict name -> float64 [blocks], salience of each block
+    losses : dict name -> float64 [blocks, levels], loss of each block at each candidate level
+    """
+
+    spec: QuantSpec
+    permuted: dict
+    grids: dict
+    sums: dict
+    losses: dict
+
+    def arrays(self, names=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return losses [blocks, levels], weights int64 [blocks] and salience [blocks] of some matrices, or of all."""
+        names = list(self.grids) if names is None else names
+        return (np.concatenate([self.losses[name] for name in names]),
+                np.concatenate([self.grids[name].weights.ravel() for name in names]),
+                np.concatenate([self.sums[name] for name in names]))
+
+    def plan(self, bits) -> Plan:
+        """Return the plan that gives the blocks of all matrices, one after the other, these bits."""
+        ends = np.cumsum([grid.weights.size for grid in self.grids.values()])[:-1]
+        parts = zip(self.grids.items(), np.split(np.asarray(bits), ends), strict=True)
+        return Plan(self.spec, {name: MatrixPlan(*self.permuted[name], part.reshape(grid.weights.shape))
+                                for (name, grid), part in parts})
+
+
+def block_problem(salience: Mapping, spec: QuantSpec, model=None) -> BlockProblem:
+    """Permute every matrix and measure every block at every level; arguments and errors as in `make_plan`."""
     names = sorted(name for name in salience if not is_skipped(name, spec.skip))
     if not names:
         raise SfmpError(f"salience: expected a matrix that skip={spec.skip} keeps, found {list(salience)}")
-    permuted, grids, sums, losses = {}, {}, {}, {}
+    problem = BlockProblem(spec, {}, {}, {}, {})
     for name in names:
         matrix = _checked(name, salience[name])
         rows, cols = permutations(matrix, spec.reorder)
         grid = BlockGrid(*matrix.shape, spec.block_rows, spec.group_size)
-        permuted[name], grids[name] = (rows, cols), grid
-        sums[name] = block_sums(matrix, rows, cols, grid).ravel()
-        losses[name] = _losses(name, matrix, rows, cols, grid, sums[name], spec, model)
-    bits, carried = {}, 0
-    for members in _scopes(names, spec.scope):
-        weights = np.concatenate([grids[name].weights.ravel() for name in members])
-        budget = spec.budget_bits(int(weights.sum())) + carried
-        chosen = allocate(np.concatenate([losses[name] for name in members]), weights, spec.candidate_levels,
-                          budget, np.concatenate([sums[name] for name in members]))
-        carried = budget - int((chosen * weights).sum())
-        ends = np.cumsum([grids[name].weights.size for name in members])[:-1]
-        bits.update(zip(members, np.split(chosen, ends), strict=True))
-    return Plan(spec, {name: MatrixPlan(*permuted[name], bits[name].reshape(grids[name].weights.shape))
-                       for name in names})
+        problem.permuted[name], problem.grids[name] = (rows, cols), grid
+        problem.sums[name] = block_sums(matrix, rows, cols, grid).ravel()
+        problem.losses[name] = level_losses(name, matrix, rows, cols, grid, spec, model, problem.sums[name])
+    return problem
 
 
 def _checked(name, matrix):
@@ -180,14 +220,18 @@ def _checked(name, matrix):
     return matrix
 
 
-def _losses(name, matrix, rows, cols, grid, sums, spec, model):
-    """Loss of each block at each level, float64 [blocks, levels]."""
+def level_losses(name, matrix, rows, cols, grid, spec, model, sums=None) -> np.ndarray:
+    """Loss of each block of one matrix at each candidate level, float64 [blocks, levels].
+
+    `matrix` is its salience in natural order, `sums` the salience of its blocks (``objective="paper"`` only);
+    `model` is needed by ``objective="measured"``.
+    """
     levels = spec.candidate_levels
     if spec.objective == "paper":
         # Same range for every block, so the error of b bits goes with the squared step, 1 / (2^b - 1)^2.
         return sums[:, None] / (2.0 ** np.array(levels) - 1.0) ** 2
     if len(levels) == 1:
-        return np.zeros((sums.size, 1))
+        return np.zeros((grid.row_blocks * grid.groups, 1))
     import torch
 
     from sfmp.quantize import dequantize, quantize

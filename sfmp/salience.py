@@ -76,8 +76,7 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
     squares and frees each gradient as soon as it is made. Squares and sums are fp32 whatever the dtype.
     Source: METHOD.md 1.2; avoids 1.12 #1.
     """
-    layers, loss_fn = linear_modules(model, skip), loss_fn or causal_lm_loss
-    weights = {name: layer.weight for name, layer in layers.items()}
+    weights = {name: layer.weight for name, layer in linear_modules(model, skip).items()}
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise SfmpError(f"{name}.weight: expected floating point, found {weight.dtype}; is it quantized?")
@@ -94,11 +93,24 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
         sums[weight].addcmul_(gradient, gradient)
         reached.add(weight)
 
-    count = -1
-    with _gradients_only_for(model, sums), contextlib.ExitStack() as hooks, torch.enable_grad():
+    with gradients_only_for(model, sums), contextlib.ExitStack() as hooks:
         for weight in sums:
             hooks.callback(weight.register_post_accumulate_grad_hook(consume).remove)
-        for count, window in enumerate(_progress(windows, "salience", progress)):
+        backward_passes(model, windows, loss_fn, "salience", progress)
+    unused = [name for name, weight in weights.items() if weight not in reached]
+    if unused:
+        warnings.warn(f"no gradient reached {', '.join(unused)}: their salience is zero", stacklevel=2)
+    return finished({name: sums[weight] for name, weight in weights.items()})
+
+
+def backward_passes(model: nn.Module, windows, loss_fn: LossFn | None, title: str, progress: bool) -> None:
+    """Run one forward and backward pass per sample for its hooks' sake; arguments as in `fisher_salience`.
+
+    Raises SfmpError if there is no sample, or a loss is not a finite scalar that depends on what wants gradients.
+    """
+    loss_fn, count = loss_fn or causal_lm_loss, -1
+    with torch.enable_grad():
+        for count, window in enumerate(_progress(windows, title, progress)):
             loss = loss_fn(model, window)
             if not torch.is_tensor(loss) or loss.numel() != 1 or not loss.requires_grad:
                 raise SfmpError(f"loss of window {count}: expected a scalar that depends on a linear weight, "
@@ -109,15 +121,11 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
             loss.backward()
     if count < 0:
         raise SfmpError("windows: expected at least one sample, found none")
-    unused = [name for name, weight in weights.items() if weight not in reached]
-    if unused:
-        warnings.warn(f"no gradient reached {', '.join(unused)}: their salience is zero", stacklevel=2)
-    return _finished({name: sums[weight] for name, weight in weights.items()})
 
 
 def magnitude_salience(model: nn.Module, *, skip: Iterable[str] = ("lm_head",)) -> dict[str, torch.Tensor]:
     """Return |W| of every linear layer, float32 [N, K]; needs no data. Source: METHOD.md section 4, A1."""
-    return _finished({name: layer.weight.detach().float().abs()
+    return finished({name: layer.weight.detach().float().abs()
                       for name, layer in linear_modules(model, skip).items()})
 
 
@@ -137,7 +145,7 @@ def activation_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm
         squares[layer] += rows.square().sum(0).cpu()
         tokens[layer] += len(rows)
 
-    with _gradients_only_for(model, ()), contextlib.ExitStack() as hooks, torch.no_grad():
+    with gradients_only_for(model, ()), contextlib.ExitStack() as hooks, torch.no_grad():
         for layer in squares:
             hooks.callback(layer.register_forward_pre_hook(observe).remove)
         for window in _progress(windows, "activations", progress):
@@ -145,7 +153,7 @@ def activation_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm
     unseen = [name for name, layer in layers.items() if not tokens[layer]]
     if unseen:
         raise SfmpError(f"{unseen[0]}: expected inputs, found none in these windows; use more or skip it")
-    return _finished({name: layer.weight.detach().float().abs().cpu()
+    return finished({name: layer.weight.detach().float().abs().cpu()
                       * (squares[layer] / tokens[layer]).sqrt().float() for name, layer in layers.items()})
 
 
@@ -220,7 +228,7 @@ def _opened(path):
 
 
 @contextlib.contextmanager
-def _gradients_only_for(model, wanted):
+def gradients_only_for(model, wanted):
     """Evaluation mode, gradients for the wanted parameters only and no cache of keys; restores everything."""
     modes = {module: module.training for module in model.modules()}
     parameters = {p: (p.requires_grad, p.grad) for p in model.parameters()}
@@ -286,5 +294,6 @@ def _worst(value):
             return f"{int(mask.sum())} {title} of {value.numel()} values"
 
 
-def _finished(salience):
+def finished(salience: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return every matrix as float32 on the CPU; raises SfmpError naming one that is negative or not finite."""
     return {name: _checked(name, value) for name, value in salience.items()}
