@@ -62,6 +62,7 @@ FACTOR_LABELS = {
     "levels": "allowed bit-widths",
     "salience": "salience",
     "objective": "objective",
+    "scope": "scope of one budget",
 }
 BIT_COLOURS = sns.color_palette("cividis", 8)  # 1…8 bits, dark = few; monotone in grey print as well
 

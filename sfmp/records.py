@@ -18,18 +18,12 @@ from sfmp.checks import SfmpError
 
 FP = "fp16"  # the value of `method` that names the unquantized control row
 
-_TEXT_COLUMNS = [
-    "run",
-    "model",
-    "experiments",
-    "method",
-    "levels",
-    "reorder",
-    "scope",
-    "objective",
-    "salience",
-    "tasks",
-]
+_NUMBERS = ("bpw", "group_size", "block_rows", "seed")  # columns of the design that are no text
+#: every method of the comparison in the order of tables and legends: controls, uniform, rivals, SFMP, oracle
+METHODS = (
+    FP, "rtn", "awq", "gptq", "efficient_qat", "slim_llm", "layer_wise", "amq", "bitstack", "scalebits",
+    "sfmp-rtn", "sfmp-gptq", "sfmp-awq", "sfmp-efficient_qat", "element",
+)
 
 
 def read_runs(path) -> pd.DataFrame:
@@ -60,7 +54,7 @@ def read_runs(path) -> pd.DataFrame:
     twice = sorted(frame.run[frame.run.duplicated()])
     if twice:
         raise SfmpError(f"{path}: runs {twice} are listed twice; every run needs one name of its own.")
-    for column in frame.columns.difference(_TEXT_COLUMNS):
+    for column in frame.columns.intersection(_NUMBERS):
         frame[column] = pd.to_numeric(frame[column].replace({"": None, "-": None}))
     return frame
 
@@ -96,7 +90,8 @@ def load_results(runs, *sources) -> pd.DataFrame:
         The rows of the design that were evaluated, in design order, with `perplexity`, `perplexity_ratio`
         (over the fp control of the same model), `acc`/`acc_norm` (unweighted mean over tasks, with
         `*_stderr`), `retention` (acc over the control's), `bpw_achieved`, `bpw_stored`, `wbits`,
-        `model_bytes`, `manifest`.
+        `model_bytes`, `stored_bytes` and `bpw_bytes` (what the method itself must store), `reached` (see
+        :func:`reached_text`), `method_order` (place in ``METHODS``), `manifest`.
 
     Raises
     ------
@@ -130,16 +125,50 @@ def load_results(runs, *sources) -> pd.DataFrame:
         "acc_norm_stderr",
         "bpw_achieved",
         "bpw_stored",
+        "bpw_bytes",
+        "bpw_tolerance",
         "wbits",
         "model_bytes",
+        "stored_bytes",
         "quantized_weights",
+        "matrices",
     ):
         frame[column] = pd.to_numeric(frame[column]) if column in frame else np.nan
     frame = frame[frame.perplexity.notna()].reset_index(drop=True)
     control = frame[frame.method == FP].drop_duplicates("model").set_index("model")
     frame["perplexity_ratio"] = frame.perplexity / frame.model.map(control.perplexity)
     frame["retention"] = frame.acc / frame.model.map(control.acc)
+    frame["reached"] = [reached_text(row) for row in frame.to_dict("records")]
+    order = {method: place for place, method in enumerate(METHODS)}
+    frame["method_order"] = frame.method.map(order).fillna(len(order)).astype(int)
     return frame
+
+
+def reached_text(row: Mapping) -> str:
+    """Say whether a run hit its budget: ``yes``, else what it reached, ``-`` for the control.
+
+    Parameters
+    ----------
+    row : mapping
+        One run: `bpw` (the budget) and what its record says: `reached` (absent in the record of a run that
+        only has a tolerance), `bpw_achieved`, `bpw_bytes`, `bpw_tolerance`, and `budget` of the design.
+
+    Examples
+    --------
+    >>> reached_text({"bpw": 2.5, "reached": False, "bpw_achieved": 2.4808})
+    '2.48 of 2.50'
+    """
+    counted = "bpw_bytes" if row.get("budget") == "stored" else "bpw_achieved"
+    budget, found = row["bpw"], row.get(counted, np.nan)
+    if row.get("method") == FP or pd.isna(budget) or pd.isna(found):
+        return "-"
+    hit = row.get("reached")
+    if hit is None or pd.isna(hit):
+        hit = abs(found - budget) <= row.get("bpw_tolerance", 0.0)
+    if hit:
+        return "yes"
+    digits = next((d for d in (2, 3, 4) if f"{found:.{d}f}" != f"{budget:.{d}f}"), 6)
+    return f"{found:.{digits}f} of {budget:.{digits}f}"
 
 
 def _read_record(path: Path) -> dict:

@@ -23,23 +23,30 @@ FACTORS = {
     "levels": ["levels"],
     "salience": ["salience", "seed"],
     "objective": ["objective"],
+    "scope": ["scope"],
+    "guided": ["salience"],
 }
 
 _MAIN = [
     "run",
     "model",
     "method",
+    "method_order",
     "objective",
     "bpw",
     "bpw_achieved",
+    "reached",
     "bpw_tolerance",
     "bpw_stored",
+    "bpw_bytes",
+    "stored_bytes",
     "wbits",
     "group_size",
     "block_rows",
     "levels",
     "reorder",
     "salience",
+    "knobs",
     "model_bytes",
     "perplexity",
     "perplexity_ratio",
@@ -71,8 +78,10 @@ def main_table(results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Per run: settings, ours, `paper_perplexity`, `delta_perplexity`, `paper_acc`, `delta_acc` (NaN where
-        the paper has no such row), task columns, `manifest`.
+        Per run, controls first: settings, whether the budget was `reached`, bits by the paper's account
+        (`bpw_achieved`) and by every byte the method must store (`bpw_bytes`), ours, `paper_perplexity`,
+        `delta_perplexity`, `paper_acc`, `delta_acc` (NaN where the paper has no such row), task columns,
+        `manifest`.
 
     Source: experiment E1 of METHOD §4 (the paper's main table).
     """
@@ -92,7 +101,8 @@ def main_table(results: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
         )
         table[f"paper_{metric}"] = [values.get(key, np.nan) for key in keys]
         table[f"delta_{metric}"] = table[metric] - table[f"paper_{metric}"]
-    return table.sort_values(["model", "method", "objective", "bpw", "run"], kind="stable", ignore_index=True)
+    keys = ["model", "method_order", "method", "objective", "bpw", "run"]
+    return table.sort_values(keys, kind="stable", ignore_index=True)
 
 
 def ablation_table(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
