@@ -1,15 +1,16 @@
-# Every rule of the replication. One rule runs one notebook; the design is config/runs.tsv, the size config/tiers/*.yaml.
+# Every rule of the replication; a rule runs one notebook. The design is config/runs.tsv, the size config/tiers/*.yaml.
 #   snakemake --cores 8                      every result of the embedded tier (the default)
 #   snakemake -n --config tier=small         what a bigger tier would do
-#   targets: all tables figures claims html report summary publish train_embedded
+#   snakemake --config knobs=full            the rivals with their published settings instead of reduced ones
+#   targets: all tables figures claims costs html report summary publish train_embedded
 import sys
 import time
 from pathlib import Path
 
 from snakemake.utils import min_version
 
-from sfmp.workflow import (SOURCES, Rules, available_cores, closing_words, job_threads, leave_lock, load_design,
-                           own_mark, release_stale_lock, take_lock)
+from sfmp.workflow import (FIGURES, RUN_NOTEBOOK, SOURCES, TABLES, Rules, available_cores, closing_words, job_threads,
+                           leave_lock, load_design, release_stale_lock, shell_prefix, take_lock)
 
 min_version("9.19")
 
@@ -19,58 +20,41 @@ report: "report/workflow.rst"
 
 STARTED = time.time()
 design = load_design(config)
-shared = Rules(design, workflow.cores)
+shared = Rules(design)
 R, L = design.results, f"{design.results}/logs"
 MODEL, SHOWCASE = design.showcase_model, design.showcase
 CORES = workflow.cores
 GPU = 1 if design.config["device"] == "cuda" else 0
-# Megabytes, and the threads that keep jobs within the machine: of a notebook that holds a model, and of one that does not.
+# Megabytes, and threads that keep jobs within the machine: of a notebook that holds a model, and of one that does not.
 HEAVY, LIGHT = design.config["job_mem_mb"], 1000
 HEAVY_THREADS, LIGHT_THREADS = job_threads(CORES, HEAVY), job_threads(CORES, LIGHT)
 
 if workflow.is_main_process and not workflow.dryrun and (released := release_stale_lock()):
     print(released, file=sys.stderr)
 
-# One core per job: the pools of PyTorch, BLAS and Numba must not multiply with the jobs that run together.
-shell.prefix(
-    f"set -euo pipefail; export PATH={str(Path(sys.executable).parent)!r}:$PATH SFMP_WORKFLOW={own_mark()} "
-    "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "
-    "PYTHONWARNINGS='ignore:IProgress not found' "
-    f"PYTHONHASHSEED=0 {'HF_HUB_OFFLINE=1' if design.tier == 'embedded' else ''}; "
-)
-NOTEBOOK = (
-    "IPYTHONDIR={resources.tmpdir:q}/sfmp-ipython papermill {input.notebook:q} {log.notebook:q} -y {params.nb:q} "
-    "-k python3 --no-progress-bar > {log.text:q} 2>&1"
-)
+shell.prefix(shell_prefix(design))
 
-TABLES = ["e1_main", "e3_reorder", "e3_block", "e3_group", "e3_levels", "e3_salience", "e3_objective", "packing",
-          "lut_gemm", "integration", "concentration", "allocation", "mlp_experiment"]
-FIGURES = ["overview", "salience_before_after", "bit_map", "bits_by_layer", "accuracy_vs_bpw", "perplexity_vs_bpw",
-           "reorder", "block_shape", "group_size", "levels", "salience_source", "objective", "mlp_curves"]
 TABLE_FILES = expand(f"{R}/tables/{{name}}.csv", name=TABLES)
 FIGURE_FILES = expand(f"{R}/figures/{{name}}.{{kind}}", name=FIGURES, kind=["svg", "png", "csv"])
 RESULTS = [*TABLE_FILES, *FIGURE_FILES, f"{R}/claims.csv"]
 EVALUATIONS = expand(f"{R}/eval/{{run}}.json", run=design.runs)
 QUANTIZED = expand(f"{R}/quantized/{{run}}.json", run=design.quantized)
-EXECUTED = [f"{L}/{name}.ipynb" for name in
-            ["overview", "reordering", "allocation", "packing", "lut_gemm", "model_integration", "e1", "e3", "e9",
-             f"salience/{MODEL}.fisher", *expand("calibration/{model}", model=design.models),
-             *expand("quantization/{run}", run=design.quantized), *expand("evaluation/{run}", run=design.runs)]]
+COSTS = expand(f"{R}/timing/{{name}}.csv", name=["e5_cost", "e5_ratio", "e5_scaling"])
 
 def table(name):
     return report(f"{R}/tables/{name}.csv", caption="report/table.rst", category="Tables", labels={"table": name})
 
-def figure(name):
-    svg = report(f"{R}/figures/{name}.svg", caption="report/figure.rst", category="Figures", labels={"figure": name})
-    return [svg, f"{R}/figures/{name}.png", f"{R}/figures/{name}.csv"]
+def figure(name, folder="figures"):
+    svg = report(f"{R}/{folder}/{name}.svg", caption="report/figure.rst", category="Figures", labels={"figure": name})
+    return [svg, f"{R}/{folder}/{name}.png", f"{R}/{folder}/{name}.csv"]
 
 wildcard_constraints: model="|".join(design.models), source="|".join(SOURCES), run="[^/]+"
 
-localrules: all, tables, figures, claims, html, report, summary, publish
+localrules: all, tables, figures, claims, costs, html, report, summary, publish
 
 rule all:
     default_target: True
-    input: RESULTS, f"{R}/html/index.html", f"{R}/report.html", f"{R}/summary.txt"
+    input: RESULTS, COSTS, f"{R}/html/index.html", f"{R}/report.html", f"{R}/summary.txt"
 
 rule tables:
     input: TABLE_FILES
@@ -81,6 +65,9 @@ rule figures:
 rule claims:
     input: f"{R}/claims.csv"
 
+rule costs:
+    input: COSTS
+
 rule overview:
     input: notebook=shared.notebook("overview")
     output: overview=figure("overview")
@@ -88,7 +75,7 @@ rule overview:
     params: **shared.params("overview")
     threads: LIGHT_THREADS
     resources: mem_mb=LIGHT
-    shell: NOTEBOOK
+    shell: RUN_NOTEBOOK
 
 rule calibration:
     input: notebook=shared.notebook("calibration"), weights=shared.weights
@@ -99,16 +86,18 @@ rule calibration:
     params: **shared.params("calibration")
     threads: HEAVY_THREADS
     resources: mem_mb=HEAVY, gpu=GPU
-    shell: NOTEBOOK
+    shell: RUN_NOTEBOOK
 
 rule salience:
     input: notebook=shared.notebook("salience"), windows=shared.windows("calibration"), weights=shared.weights
-    output: salience=f"{R}/salience/{{model}}.{{source}}.safetensors"
+    output:
+        salience=f"{R}/salience/{{model}}.{{source}}.safetensors",
+        timing=f"{R}/timing/salience/{{model}}.{{source}}.json",
     log: **shared.logs("salience/{model}.{source}")
     params: **shared.params("salience")
     threads: HEAVY_THREADS
     resources: mem_mb=HEAVY, gpu=GPU
-    shell: NOTEBOOK
+    shell: RUN_NOTEBOOK
 
 rule reordering:
     input: notebook=shared.notebook("reordering"), salience=f"{R}/salience/{MODEL}.fisher.safetensors"
@@ -117,27 +106,24 @@ rule reordering:
     params: **shared.params("reordering")
     threads: HEAVY_THREADS
     resources: mem_mb=HEAVY, gpu=GPU
-    shell: NOTEBOOK
+    shell: RUN_NOTEBOOK
 
 rule allocation:
     input: notebook=shared.notebook("allocation"), salience=f"{R}/salience/{MODEL}.fisher.safetensors"
     output:
-        allocation=table("allocation"),
-        mlp_experiment=table("mlp_experiment"),
-        bit_map=figure("bit_map"),
-        bits_by_layer=figure("bits_by_layer"),
-        mlp_curves=figure("mlp_curves"),
+        allocation=table("allocation"), allocation_oracle=table("allocation_oracle"),
+        mlp_experiment=table("mlp_experiment"), bit_map=figure("bit_map"), bits_by_layer=figure("bits_by_layer"),
+        mlp_curves=figure("mlp_curves"), oracle_seconds=f"{R}/timing/allocation_oracle.csv",
     log: **shared.logs("allocation")
     params: **shared.params("allocation")
     threads: HEAVY_THREADS
     resources: mem_mb=HEAVY, gpu=GPU
-    shell: NOTEBOOK
+    shell: RUN_NOTEBOOK
 
-# A row of the experiment `cost` is timed, so nothing runs beside it.
 rule quantization:
     input:
+        unpack(shared.salience),
         notebook=shared.notebook("quantization"),
-        salience=shared.salience,
         windows=shared.windows("calibration"),
         weights=shared.weights,
     output:
@@ -147,9 +133,27 @@ rule quantization:
         timing=f"{R}/timing/quantization/{{run}}.json",
     log: **shared.logs("quantization/{run}")
     params: **shared.params("quantization")
-    threads: shared.alone_if_timed
+    wildcard_constraints: run=shared.one_of(design.planned)
+    threads: HEAVY_THREADS
     resources: mem_mb=HEAVY, gpu=GPU
-    shell: NOTEBOOK
+    shell: RUN_NOTEBOOK
+
+rule rival:
+    input:
+        unpack(shared.salience),
+        notebook=shared.notebook("rival"),
+        windows=shared.windows("calibration"),
+        weights=shared.weights,
+    output:
+        checkpoint=directory(f"{R}/models/{{run}}"),
+        quantized=f"{R}/quantized/{{run}}.json",
+        timing=f"{R}/timing/rival/{{run}}.json",
+    log: **shared.logs("rival/{run}")
+    params: **shared.params("rival")
+    wildcard_constraints: run=shared.one_of(design.rivals)
+    threads: HEAVY_THREADS
+    resources: mem_mb=HEAVY, gpu=GPU
+    shell: RUN_NOTEBOOK
 
 rule packing:
     input: notebook=shared.notebook("packing"), checkpoint=f"{R}/models/{SHOWCASE}"
@@ -158,7 +162,7 @@ rule packing:
     params: **shared.params("packing")
     threads: HEAVY_THREADS
     resources: mem_mb=HEAVY, gpu=GPU
-    shell: NOTEBOOK
+    shell: RUN_NOTEBOOK
 
 rule lut_gemm:
     input: notebook=shared.notebook("lut_gemm"), checkpoint=f"{R}/models/{SHOWCASE}"
@@ -167,7 +171,7 @@ rule lut_gemm:
     params: **shared.params("lut_gemm")
     threads: HEAVY_THREADS
     resources: mem_mb=HEAVY, gpu=GPU
-    shell: NOTEBOOK
+    shell: RUN_NOTEBOOK
 
 rule model_integration:
     input: notebook=shared.notebook("model_integration"), checkpoint=f"{R}/models/{SHOWCASE}"
@@ -176,7 +180,7 @@ rule model_integration:
     params: **shared.params("model_integration")
     threads: HEAVY_THREADS
     resources: mem_mb=HEAVY, gpu=GPU
-    shell: NOTEBOOK
+    shell: RUN_NOTEBOOK
 
 rule evaluation:
     input:
@@ -189,64 +193,66 @@ rule evaluation:
     params: **shared.params("evaluation")
     threads: HEAVY_THREADS
     resources: mem_mb=HEAVY, gpu=GPU
-    shell: NOTEBOOK
+    shell: RUN_NOTEBOOK
 
 rule e1:
     input:
-        notebook=shared.notebook("e1"),
-        evals=EVALUATIONS,
-        quantized=QUANTIZED,
-        runs="config/runs.tsv",
-        paper="config/paper_values.tsv",
+        notebook=shared.notebook("e1"), evals=EVALUATIONS, quantized=QUANTIZED,
+        runs="config/runs.tsv", paper="config/paper_values.tsv",
     output:
-        e1_main=table("e1_main"),
-        e1_main_md=f"{R}/tables/e1_main.md",
-        accuracy_vs_bpw=figure("accuracy_vs_bpw"),
-        perplexity_vs_bpw=figure("perplexity_vs_bpw"),
+        e1_main=table("e1_main"), e1_main_md=f"{R}/tables/e1_main.md", e1_bytes=table("e1_bytes"),
+        accuracy_vs_bpw=figure("accuracy_vs_bpw"), perplexity_vs_bpw=figure("perplexity_vs_bpw"),
+        retention_vs_bpw=figure("retention_vs_bpw"),
     log: **shared.logs("e1")
     params: **shared.params("e1")
     threads: LIGHT_THREADS
     resources: mem_mb=LIGHT
-    shell: NOTEBOOK
+    shell: RUN_NOTEBOOK
 
 rule e3:
     input: notebook=shared.notebook("e3"), evals=EVALUATIONS, quantized=QUANTIZED, runs="config/runs.tsv"
     output:
-        e3_reorder=table("e3_reorder"),
-        e3_block=table("e3_block"),
-        e3_group=table("e3_group"),
-        e3_levels=table("e3_levels"),
-        e3_salience=table("e3_salience"),
-        e3_objective=table("e3_objective"),
-        reorder=figure("reorder"),
-        block_shape=figure("block_shape"),
-        group_size=figure("group_size"),
-        levels=figure("levels"),
-        salience_source=figure("salience_source"),
-        objective=figure("objective"),
+        e3_reorder=table("e3_reorder"), e3_block=table("e3_block"), e3_group=table("e3_group"),
+        e3_levels=table("e3_levels"), e3_salience=table("e3_salience"), e3_objective=table("e3_objective"),
+        e3_scope=table("e3_scope"), e3_granularity=table("e3_granularity"), e3_guided=table("e3_guided"),
+        e3_quantizer=table("e3_quantizer"),
+        reorder=figure("reorder"), block_shape=figure("block_shape"), group_size=figure("group_size"),
+        levels=figure("levels"), salience_source=figure("salience_source"), objective=figure("objective"),
+        scope=figure("scope"), granularity=figure("granularity"), guided=figure("guided"),
+        quantizer=figure("quantizer"),
     log: **shared.logs("e3")
     params: **shared.params("e3")
     threads: LIGHT_THREADS
     resources: mem_mb=LIGHT
-    shell: NOTEBOOK
+    shell: RUN_NOTEBOOK
+
+# What reads clocks stays out of tables/ and figures/, which are the same to the byte in every run.
+rule e5:
+    input: notebook=shared.notebook("e5"), timing=shared.timings(), runs="config/runs.tsv"
+    output:
+        e5_cost=f"{R}/timing/e5_cost.csv", e5_ratio=f"{R}/timing/e5_ratio.csv",
+        e5_scaling=f"{R}/timing/e5_scaling.csv",
+        cost=figure("cost", "timing"), cost_scaling=figure("cost_scaling", "timing"),
+    log: **shared.logs("e5")
+    params: **shared.params("e5")
+    threads: HEAVY_THREADS
+    resources: mem_mb=HEAVY
+    shell: RUN_NOTEBOOK
 
 rule e9:
     input:
-        notebook=shared.notebook("e9"),
-        tables=TABLE_FILES,
-        claims="config/claims.tsv",
-        paper="config/paper_values.tsv",
-        runs="config/runs.tsv",
+        notebook=shared.notebook("e9"), tables=[*TABLE_FILES, *COSTS],
+        claims="config/claims.tsv", paper="config/paper_values.tsv", runs="config/runs.tsv",
     output: claims=report(f"{R}/claims.csv", caption="report/claims.rst", category="Claims")
     log: **shared.logs("e9")
     params: **shared.params("e9")
     threads: LIGHT_THREADS
     resources: mem_mb=LIGHT
-    shell: NOTEBOOK
+    shell: RUN_NOTEBOOK
 
 # All executed notebooks, rendered in one process; needs no network.
 rule html:
-    input: RESULTS, notebooks=EXECUTED
+    input: RESULTS, COSTS, notebooks=shared.executed()
     output: index=f"{R}/html/index.html"
     log: f"{L}/html.txt"
     shell: "python -m sfmp.report html --logs {L} --index {output.index:q} > {log:q} 2>&1"
@@ -260,14 +266,12 @@ rule report:
         "snakemake tables figures claims --report {output:q} --nolock --cores 1 --config tier={design.tier} "
         "> {log:q} 2>&1"
 
-# What ran, how long it took, where the results are and what a bigger tier needs; and the table of costs.
+# What ran, how long it took, where the results are and what a bigger tier needs.
 rule summary:
-    input: RESULTS, timing=expand(f"{R}/timing/quantization/{{run}}.json", run=design.with_experiment("cost"))
-    output: text=f"{R}/summary.txt", cost=f"{R}/timing/cost.csv"
+    input: RESULTS, COSTS
+    output: text=f"{R}/summary.txt"
     log: f"{L}/summary.txt"
-    shell:
-        "python -m sfmp.report summary --tier {design.tier} --text {output.text:q} --cost {output.cost:q} "
-        "--timing {input.timing:q} > {log:q} 2>&1"
+    shell: "python -m sfmp.report summary --tier {design.tier} --text {output.text:q} > {log:q} 2>&1"
 
 # Copies the small evidence to results/reference/<tier>, the part of results/ that git tracks. Not part of `all`.
 rule publish:

@@ -1,8 +1,9 @@
-"""The experimental design: configuration of a tier, its models and its runs, read and validated. No torch."""
+"""The experimental design: configuration of a tier, its models, runs and knobs, read and validated. No torch."""
 
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,19 @@ from sfmp.checks import SfmpError
 from sfmp.spec import QuantSpec
 
 FP = "fp16"  # the method of the unquantized control rows
+SETTINGS = ("bpw", "budget", "group_size", "block_rows", "levels", "reorder", "scope", "objective", "salience")
+# Methods that are no QuantSpec, and the settings of a row that each takes; everything else is a knob of its own
+# (config/knobs.tsv). A prefix sfmp- means: the same quantizer, mixed widths from SFMP's allocation.
+RIVALS = {
+    "slim_llm": ("bpw", "budget", "group_size"),
+    "amq": ("bpw", "budget", "group_size"),
+    "bitstack": ("bpw", "budget"),
+    "scalebits": ("bpw", "budget", "group_size", "block_rows", "salience"),
+    "efficient_qat": ("bpw", "budget", "group_size"),
+    "sfmp-efficient_qat": ("bpw", "budget", "group_size", "block_rows", "salience"),
+    "layer_wise": ("bpw", "budget", "group_size", "salience"),
+    "element": ("bpw", "budget", "group_size", "salience"),
+}
 
 
 def read_yaml(path: Path) -> dict:
@@ -67,7 +81,8 @@ def validate(value: Mapping, schema: Mapping, where: str) -> None:
 
 
 class Design:
-    """The validated configuration of one tier: `config`, `models` (name → row) and `runs` (name → row).
+    """The validated configuration of one tier: `config`, `models` and `runs` (name → row), `quantized` runs, those of
+    them that a method of :data:`RIVALS` makes, and `knobs` (method → knob → value) as the configuration asks.
 
     Raises
     ------
@@ -108,9 +123,12 @@ class Design:
         self.models = {name: row for name, row in every_model.items() if row["tier"] == tier}
         self.runs = {name: row for name, row in every_run.items() if row["model"] in self.models}
         self.quantized = [name for name, row in self.runs.items() if row["method"] != FP]
-        if self.config["showcase"] not in self.quantized:
+        self.rivals = [name for name in self.quantized if self.runs[name]["method"] in RIVALS]
+        self.planned = [name for name in self.quantized if name not in self.rivals]  # by a QuantSpec
+        self.knobs = self._knobs(self.config["knobs"])
+        if self.config["showcase"] not in self.planned:
             raise SfmpError(
-                f"configuration of tier {tier}, showcase: expected a quantized run of runs.tsv, found "
+                f"configuration of tier {tier}, showcase: expected a run of runs.tsv that SFMP plans, found "
                 f"{self.config['showcase']!r}"
             )
 
@@ -127,18 +145,36 @@ class Design:
             rows[row[key]] = row
         return rows
 
+    def _knobs(self, column: str) -> dict[str, dict]:
+        """Method → knob → value, from one column of knobs.tsv."""
+        path, found = self.folder / "knobs.tsv", {}
+        schema = read_yaml(self.folder / "schemas" / "knobs.schema.yaml")
+        for row in read_table(path):
+            where = f"{path}, row {row.get('method')} {row.get('knob')}"
+            validate(row, schema, where)
+            values = found.setdefault(row["method"], {})
+            if row["knob"] in values:
+                raise SfmpError(f"{where}: listed twice; a method has one knob of a name")
+            try:
+                values[row["knob"]] = {name: json.loads(row[name]) for name in ("full", "embedded")}[column]
+            except ValueError as error:
+                raise SfmpError(f"{where}: expected JSON values, found {error}") from error
+        return found
+
     @staticmethod
     def _check_settings(where: str, row: Mapping[str, str]) -> None:
-        settings = ("bpw", "group_size", "block_rows", "levels", "reorder", "scope", "objective", "salience")
-        blank = [name for name in settings if row[name] == "-"]
-        if row["method"] == FP:
-            if len(blank) != len(settings):
-                raise SfmpError(f"{where}: a {FP} row has no settings, expected - in {', '.join(settings)}")
-            return
-        if blank:
-            raise SfmpError(f"{where}, {blank[0]}: expected a value, found -; only {FP} rows leave it out")
+        method = row["method"]
+        used = () if method == FP else RIVALS.get(method, SETTINGS)
+        for name in SETTINGS:
+            if name in used and row[name] == "-":
+                raise SfmpError(f"{where}, {name}: expected a value, found -; {method} rows need it")
+            if name not in used and row[name] != "-":
+                raise SfmpError(f"{where}, {name}: expected -, found {row[name]!r}; {method} rows do not use it")
         try:
-            run_spec(row)
+            if method in RIVALS:
+                rival_settings(row)
+            elif method != FP:
+                run_spec(row)
         except SfmpError as error:
             raise SfmpError(f"{where}, {error}") from error
 
@@ -181,3 +217,26 @@ def run_spec(row: Mapping[str, str]) -> QuantSpec:
             "seed": int(row["seed"]),
         }
     )
+
+
+def rival_settings(row: Mapping[str, str]) -> dict:
+    """Return the keywords that a row of :data:`RIVALS` gives its method: `bpw` and what is not blank; the salience
+    is a file.
+
+    Raises
+    ------
+    SfmpError
+        If the budget, the group size or the rows of a block are impossible.
+    """
+    settings = {"bpw": float(row["bpw"])}
+    settings |= {key: int(row[key]) for key in ("group_size", "block_rows") if row[key] != "-"}
+    # Only BitStack is told its bytes; a rival of codes would have to search for the bpw that fits them.
+    budget = "stored" if row["method"] == "bitstack" else "bpw"
+    if row["budget"] != budget:
+        raise SfmpError(f"budget: expected {budget} for {row['method']}, found {row['budget']!r}")
+    if "group_size" in settings:  # the same bounds as those of a QuantSpec
+        shape = {"block_rows": 1, **settings}
+        QuantSpec(**shape, levels=tuple(range(1, 9)))
+    elif not 1 <= settings["bpw"] <= 16:
+        raise SfmpError(f"bpw: expected 1..16, found {settings['bpw']:g}")
+    return settings

@@ -1,4 +1,4 @@
-"""Closing steps of the workflow: executed notebooks to HTML, the summary and the table of costs, publication.
+"""Closing steps of the workflow: executed notebooks to HTML, the summary, publication.
 
 ``python -m sfmp.report html|summary|publish``; called by the Snakefile.
 """
@@ -158,24 +158,15 @@ def publish(results: Path, reference: Path) -> list[Path]:
     return copies
 
 
-def write_cost(timings: list[Path], output: Path) -> None:
-    """Write the table of times and peak memory of the runs that were timed alone."""
-    from sfmp.tables import cost_table
-
-    _write(output, cost_table(timings).to_csv(index=False, lineterminator="\n"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sfmp.report", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     pages = commands.add_parser("html", help="render the executed notebooks")
     pages.add_argument("--logs", type=Path, required=True)
     pages.add_argument("--index", type=Path, required=True)
-    summary = commands.add_parser("summary", help="write the closing summary and the table of costs")
+    summary = commands.add_parser("summary", help="write the closing summary")
     summary.add_argument("--tier", required=True)
     summary.add_argument("--text", type=Path, required=True)
-    summary.add_argument("--cost", type=Path, required=True)
-    summary.add_argument("--timing", type=Path, nargs="*", default=[])
     publication = commands.add_parser("publish", help="copy the evidence to results/reference")
     publication.add_argument("--tier", required=True)
     arguments = parser.parse_args()
@@ -187,7 +178,6 @@ def main() -> None:
             update_readme(Path("README.md"), Path("results/reference/embedded"))
     else:
         design = load_design({**read_yaml(Path("config/config.yaml")), "tier": arguments.tier})
-        write_cost(arguments.timing, arguments.cost)
         _write(arguments.text, closing_words(design) + "\n")
 
 

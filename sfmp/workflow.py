@@ -5,20 +5,25 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 from sfmp.checks import SfmpError
 from sfmp.code_hash import code_hash, notebook_hash
-from sfmp.design import FP, Design, load_design, read_yaml, run_spec
+from sfmp.design import FP, RIVALS, Design, load_design, read_yaml, rival_settings, run_spec
 from sfmp.environment import available_cores, available_memory_mb
 from sfmp.locks import leave_lock, own_mark, release_stale_lock, take_lock
 
 __all__ = [
+    "FIGURES",
     "NOTEBOOKS",
+    "RUN_NOTEBOOK",
     "Rules",
     "SOURCES",
+    "TABLES",
     "available_cores",
     "closing_words",
     "code_hash",
@@ -28,12 +33,25 @@ __all__ = [
     "notebook_params",
     "own_mark",
     "release_stale_lock",
+    "shell_prefix",
     "stage_code",
     "take_lock",
 ]
 
 TIERS = ("embedded", "small", "paper")
-SOURCES = ("fisher", "magnitude", "activation", "random")
+SOURCES = ("fisher", "magnitude", "activation", "guided", "random")
+
+# Results that are the same to the byte in every run; what reads clocks goes to timing/ (rule e5).
+TABLES = (
+    "e1_main", "e1_bytes", "e3_reorder", "e3_block", "e3_group", "e3_levels", "e3_salience", "e3_objective", "e3_scope",
+    "e3_granularity", "e3_guided", "e3_quantizer", "packing", "lut_gemm", "integration", "concentration", "allocation",
+    "allocation_oracle", "mlp_experiment",
+)
+FIGURES = (
+    "overview", "salience_before_after", "bit_map", "bits_by_layer", "accuracy_vs_bpw", "perplexity_vs_bpw",
+    "retention_vs_bpw", "reorder", "block_shape", "group_size", "levels", "salience_source", "objective", "scope",
+    "granularity", "guided", "quantizer", "mlp_curves",
+)
 
 # rule → (notebook, parameters beyond out, inputs, seed and tier); a test compares it with the notebooks.
 NOTEBOOKS = {
@@ -42,16 +60,35 @@ NOTEBOOKS = {
     "salience": ("02_salience", ("model", "source")),
     "reordering": ("03_reordering", ("model", "spec")),
     "allocation": ("04_allocation", ("model", "spec")),
-    "quantization": ("05_quantization", ("run", "model", "spec")),
+    "quantization": ("05_quantization", ("run", "model", "method", "spec", "budget")),
     "packing": ("06_packing", ()),
     "lut_gemm": ("07_lut_gemm", ()),
     "model_integration": ("08_model_integration", ()),
+    "rival": ("11_rivals", ("run", "model", "method", "settings", "knobs")),
     "evaluation": ("09_evaluation", ("run", "model", "tasks", "seqlen")),
     "e1": ("e1_accuracy", ()),
     "e3": ("e3_ablations", ()),
+    "e5": ("e5_cost", ()),
     "e9": ("e9_claims", ()),
 }
 COMMON = ("out", "inputs", "seed", "tier")
+RUN_NOTEBOOK = (
+    "IPYTHONDIR={resources.tmpdir:q}/sfmp-ipython papermill {input.notebook:q} {log.notebook:q} -y {params.nb:q} "
+    "-k python3 --no-progress-bar > {log.text:q} 2>&1"
+)
+
+
+def shell_prefix(design: Design) -> str:
+    """Return what every job's shell starts with: this Python, one core, no network in the embedded tier.
+
+    The pools of PyTorch, BLAS and Numba must not multiply with the jobs that run together.
+    """
+    threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    return " ".join([
+        f"set -euo pipefail; export PATH={str(Path(sys.executable).parent)!r}:$PATH SFMP_WORKFLOW={own_mark()}",
+        *(f"{name}=1" for name in threads), "TOKENIZERS_PARALLELISM=false PYTHONHASHSEED=0",
+        "PYTHONWARNINGS='ignore:IProgress not found'", "HF_HUB_OFFLINE=1; " if design.tier == "embedded" else "; ",
+    ])
 
 
 class Rules:
@@ -60,8 +97,8 @@ class Rules:
     Methods whose argument is `wildcards` are input functions of Snakemake.
     """
 
-    def __init__(self, design: Design, cores: int | None):
-        self.design, self.cores = design, cores
+    def __init__(self, design: Design):
+        self.design = design
 
     @staticmethod
     def notebook(rule: str) -> str:
@@ -91,20 +128,40 @@ class Rules:
         """Input function: the windows (calibration or evaluation) of the model."""
         return lambda wildcards: f"{self.design.results}/windows/{self.model(wildcards)}.{kind}.safetensors"
 
-    def salience(self, wildcards) -> str:
-        """Salience that the run is planned with."""
+    def salience(self, wildcards) -> dict[str, str]:
+        """Salience that the run is planned with; nothing for a rival that has its own."""
         source = self.design.runs[wildcards.run]["salience"]
-        return f"{self.design.results}/salience/{self.model(wildcards)}.{source}.safetensors"
+        path = f"{self.design.results}/salience/{self.model(wildcards)}.{source}.safetensors"
+        return {} if source == "-" else {"salience": path}
 
     def checkpoint(self, wildcards) -> dict[str, str]:
         """Checkpoint of a quantized run; nothing for the control."""
         quantized = wildcards.run in self.design.quantized
         return {"checkpoint": f"{self.design.results}/models/{wildcards.run}"} if quantized else {}
 
-    def alone_if_timed(self, wildcards) -> int:
-        """Threads of a quantization: all of them for a row of the experiment `cost`, which is timed."""
-        timed = wildcards.run in self.design.with_experiment("cost")
-        return job_threads(self.cores, self.design.config["job_mem_mb"], alone=timed)
+    @staticmethod
+    def one_of(runs) -> str:
+        """Constraint of the wildcard `run`: these runs and no others."""
+        return "|".join(map(re.escape, runs)) or "(?!)"
+
+    def timings(self) -> list[str]:
+        """Where every quantized run, and every salience that one is planned with, says what it cost."""
+        design, rows = self.design, [self.design.runs[run] for run in self.design.quantized]
+        salience = sorted({(row["model"], row["salience"]) for row in rows if row["salience"] != "-"})
+        return [
+            *(f"{design.results}/timing/quantization/{run}.json" for run in design.planned),
+            *(f"{design.results}/timing/rival/{run}.json" for run in design.rivals),
+            *(f"{design.results}/timing/salience/{model}.{source}.json" for model, source in salience),
+        ]
+
+    def executed(self) -> list[str]:
+        """Logs that become pages: every executed notebook, of the salience the showcase's."""
+        design, stems = self.design, []
+        several = {"quantization": design.planned, "rival": design.rivals, "evaluation": design.runs,
+                   "calibration": design.models, "salience": [f"{design.showcase_model}.fisher"]}
+        for rule in NOTEBOOKS:
+            stems += [f"{rule}/{one}" for one in several[rule]] if rule in several else [rule]
+        return [self.logs(stem)["notebook"] for stem in stems]
 
 
 def notebook_params(design: Design, rule: str):
@@ -126,7 +183,11 @@ def _notebook_json(design: Design, rule: str, wildcards, input, output) -> str:
         "run": run,
         "model": design.models[model]["source"],
         "source": getattr(wildcards, "source", None),
-        "spec": None if row["method"] == FP else run_spec(row).to_dict(),
+        "method": row["method"],
+        "spec": None if row["method"] in (FP, *RIVALS) else run_spec(row).to_dict(),
+        "budget": row["budget"],
+        "settings": rival_settings(row) if row["method"] in RIVALS else {},
+        "knobs": design.knobs.get(row["method"].removeprefix("sfmp-"), {}),
         "tasks": design.config["tasks"] if row["tasks"] == "yes" else [],
         "n_windows": design.config["n_windows"],
         "seqlen": design.config["seqlen"],
@@ -155,7 +216,7 @@ def stage_code(rule: str, folder: Path | str = "notebooks") -> str:
     return notebook_hash(path.resolve()) if path.is_file() else ""
 
 
-def job_threads(cores: int | None, mem_mb: int, alone: bool = False) -> int:
+def job_threads(cores: int | None, mem_mb: int) -> int:
     """Return the threads a rule asks for, so that jobs running together fit the machine at any ``--cores``.
 
     A job computes on one core. With ``--cores`` above the machine's it asks for more of them, so that no more
@@ -167,18 +228,14 @@ def job_threads(cores: int | None, mem_mb: int, alone: bool = False) -> int:
         ``workflow.cores``; None on a cluster, where the scheduler places jobs.
     mem_mb : int
         Peak memory of the job.
-    alone : bool
-        Nothing else may run beside it (timing).
 
     Examples
     --------
-    >>> job_threads(8, 10, alone=True)
-    8
+    >>> job_threads(None, 2000)
+    1
     """
     if not cores or cores >= 2**31:
         return 1
-    if alone:
-        return cores
     share = max(1 / available_cores(), mem_mb / available_memory_mb())
     return min(cores, max(1, math.ceil(cores * share - 1e-9)))
 

@@ -1,12 +1,15 @@
 """Experimental design: every tier is valid, and configuration errors name file, row and column."""
 
+import inspect
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from sfmp.design import load_design, run_spec
+from sfmp import baselines, stage_rivals
+from sfmp.design import RIVALS, load_design, read_table, rival_settings, run_spec
 from sfmp.spec import SfmpError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +48,22 @@ def test_embedded_design_has_every_comparison():
             row[column] for row in rows if word in row["experiments"].split(",") and row["method"] != "fp16"
         }
 
-    assert values("main", "method") == {"rtn", "awq", "gptq", "sfmp-rtn", "sfmp-awq", "sfmp-gptq"}
+    uniform = {"rtn", "awq", "gptq"}
+    rivals = {"slim_llm", "amq", "bitstack", "scalebits", "efficient_qat"}
+    assert values("main", "method") == {*uniform, "sfmp-rtn", "sfmp-awq", "sfmp-gptq", "sfmp-efficient_qat", *rivals}
+    assert values("bytes", "method") == {*uniform, "sfmp-awq", *rivals}
+    for method in (*uniform, *rivals, "sfmp-awq"):  # all meet at the same budgets, or at 3.25 have none of their own
+        budgets = {row["bpw"] for row in rows if row["method"] == method and "bytes" in row["experiments"]}
+        assert budgets >= {"2.5", "3", "3.5"}, method
+    ours = [row for row in rows if row["method"] == "sfmp-awq" and "bytes" in row["experiments"]]
+    assert {row["budget"] for row in ours} == {"stored"}
+    assert values("quantizer", "bpw") == {"2.25", "3"}
+    mixed = {method for method in values("quantizer", "method") if method.startswith("sfmp-")}
+    assert {f"sfmp-{method}" for method in values("quantizer", "method") - mixed} == mixed
+    assert values("scope", "scope") == {"global", "layer", "matrix"}
+    assert values("granularity", "method") == {"rtn", "sfmp-rtn", "layer_wise", "element"}
+    assert values("granularity", "block_rows") >= {"32", "64", "128", "256", "768"}
+    assert values("guided", "salience") == {"fisher", "guided"}
     assert values("main", "bpw") >= {"2.25", "2.5", "3", "3.25", "3.5"}
     assert values("reorder", "reorder") == {"none", "rows", "cols", "both"}
     assert values("block", "block_rows") >= {"32", "64", "128", "256"}
@@ -58,11 +76,51 @@ def test_embedded_design_has_every_comparison():
         for row in rows
         if row["method"] in ("rtn", "awq", "gptq")
     )
-    assert {row["tasks"] for row in rows if "main" not in row["experiments"].split(",")} == {"no"}
+    apart = [row for row in rows if not {"main", "bytes"} & set(row["experiments"].split(","))]
+    assert {row["tasks"] for row in apart} == {"no"}
+    tasked = {row["bpw"] for row in rows if row["tasks"] == "yes" and row["method"] in RIVALS}
+    assert tasked == {"2.5", "3.5"}
+
+
+def parameters(method):
+    """Keywords of a rival that are knobs: not settings of a row, nor what a run is by definition."""
+    found = inspect.signature(baselines.methods()[method]).parameters.values()
+    fixed = {name for arguments in stage_rivals.FIXED.values() for name in arguments}
+    settings = {"seed", "group_size", "block_rows", "levels", "salience", "skip", "plan", "found", "progress"}
+    keywords = {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}
+    return {name: default for name, default in keywords.items() if name not in settings | fixed}
+
+
+@pytest.mark.parametrize("method", sorted({name.removeprefix("sfmp-") for name in RIVALS}))
+def test_knobs_are_those_of_the_method_and_full_is_its_default(method):
+    rows = [row for row in read_table(ROOT / "config" / "knobs.tsv") if row["method"] == method]
+    full = {row["knob"]: json.loads(row["full"]) for row in rows}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in parameters(method).items()}
+    assert full == plain
+    assert all(type(json.loads(row["embedded"])) in (type(full[row["knob"]]), int, float) for row in rows)
+
+
+def test_one_switch_chooses_the_knobs():
+    reduced = load_design(CONFIG, ROOT / "config").knobs
+    full = load_design({**CONFIG, "knobs": "full"}, ROOT / "config").knobs
+    assert full["amq"]["n_initial"] == 250 > reduced["amq"]["n_initial"]
+    assert full.keys() == reduced.keys() and all(full[m].keys() == reduced[m].keys() for m in full)
+    assert load_design({**CONFIG, "tier": "small"}, ROOT / "config").knobs == full
+
+
+def test_settings_of_a_rival_are_its_row():
+    design = load_design(CONFIG, ROOT / "config")
+    settings = {run: rival_settings(design.runs[run]) for run in design.rivals}
+    assert settings["embedded.scalebits.bpw2.50.g128.b64"] == {"bpw": 2.5, "group_size": 128, "block_rows": 64}
+    assert settings["embedded.bitstack.bpw3.25"] == {"bpw": 3.25}
+    assert not set(design.rivals) & set(design.planned)
+    assert len(design.rivals) + len(design.planned) == len(design.quantized)
 
 
 SHOWCASE = "embedded.sfmp-awq.bpw3.00.g128.b64"
-ROW = f"{SHOWCASE}\tembedded\tmain,reorder,objective\tsfmp-awq\t3\t128\t64\t2,3,4\tboth\t"
+WORDS = "main,reorder,objective,quantizer,guided"
+ROW = f"{SHOWCASE}\tembedded\t{WORDS}\tsfmp-awq\t3\tbpw\t128\t64\t2,3,4\tboth\t"
+SLIM = "embedded.slim_llm.bpw2.50.g64\tembedded\tmain,bytes\tslim_llm\t2.5\tbpw\t64\t-\t"
 
 
 @pytest.mark.parametrize(
@@ -102,13 +160,22 @@ ROW = f"{SHOWCASE}\tembedded\tmain,reorder,objective\tsfmp-awq\t3\t128\t64\t2,3,
             "runs.tsv",
             ROW,
             ROW.replace("\t128\t64\t", "\t128 64\t"),
-            r"runs\.tsv, row 20 .*expected 14 cells, found 13",
+            r"runs\.tsv, row 20 .*expected 15 cells, found 14",
         ),
+        ("runs.tsv", ROW, ROW.replace("\tbpw\t", "\tall\t"), r"runs\.tsv, row embedded\.sfmp-awq.*, budget: .*'all'"),
+        ("runs.tsv", SLIM, SLIM.replace("\tbpw\t", "\tstored\t"), r"runs\.tsv, row .*slim.*, budget: expected bpw"),
+        ("runs.tsv", SLIM, SLIM.replace("\t-\t", "\t64\t"), r"row .*slim.*, block_rows: expected -, found '64'"),
+        ("runs.tsv", SLIM, SLIM.replace("\t64\t", "\t-\t"), r"row .*slim.*, group_size: expected a value"),
+        ("runs.tsv", SLIM, SLIM.replace("\t64\t", "\t65\t"), r"row .*slim.*group_size.*65"),
+        ("runs.tsv", SLIM, SLIM.replace("\t2.5\t", "\t1.2\t"), r"row .*slim.*bpw: 1\.2"),
+        ("knobs.tsv", "amq\tn_initial\t250\t", "amq\tn_initial\t2 50\t", r"knobs\.tsv, row amq n_initial: .*JSON"),
+        ("knobs.tsv", "amq\titerations", "amq\tn_initial", r"knobs\.tsv, row amq n_initial: listed twice"),
+        ("tiers/embedded.yaml", "knobs: embedded", "knobs: reduced", r"knobs: expected one of .*'reduced'"),
         ("runs.tsv", "run\tmodel", "run\tnet", r"runs\.tsv, row embedded\.fp16"),
         (
             "runs.tsv",
             "embedded.fp16\t",
-            "embedded.fp16\tembedded\tmain\tfp16\t-\t-\t-\t-\t-\t-\t-\t-\tyes\t0\nembedded.fp16\t",
+            "embedded.fp16\tembedded\tmain\tfp16" + 9 * "\t-" + "\tyes\t0\nembedded.fp16\t",
             r"runs\.tsv, row embedded\.fp16, run: listed twice",
         ),
         (

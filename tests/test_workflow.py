@@ -62,6 +62,42 @@ def test_parameters_keep_their_types_and_describe_the_run():
     )
 
 
+def test_a_rival_gets_its_settings_its_knobs_and_only_the_inputs_it_uses():
+    config = {"embedded": CONFIG, "full": {**CONFIG, "knobs": "full"}}
+    run = SimpleNamespace(run="embedded.sfmp-efficient_qat.bpw2.25.g256.b64")
+    sent = {}
+    for name, chosen in config.items():
+        design = load_design(chosen, ROOT / "config")
+        sent[name] = json.loads(workflow.notebook_params(design, "rival")(run, Named(), Named()))
+        assert sent[name]["knobs"] == design.knobs["efficient_qat"]  # mixed or not, the quantizer has the same knobs
+    assert sent["full"].pop("knobs") != sent["embedded"].pop("knobs")
+    assert sent["full"] == sent["embedded"]
+    assert sent["full"]["settings"] == {"bpw": 2.25, "group_size": 256, "block_rows": 64}
+    assert sent["full"]["method"] == "sfmp-efficient_qat"
+    rules = workflow.Rules(load_design(CONFIG, ROOT / "config"))
+    assert rules.salience(run) == {"salience": "results/embedded/salience/embedded.fisher.safetensors"}
+    assert rules.salience(SimpleNamespace(run="embedded.amq.bpw3.00.g128")) == {}
+
+
+def test_a_run_belongs_to_one_rule():
+    design = load_design(CONFIG, ROOT / "config")
+    rules = workflow.Rules(design)
+    planned, rivals = (re.compile(rules.one_of(runs)) for runs in (design.planned, design.rivals))
+    for run in design.quantized:
+        assert bool(planned.fullmatch(run)) != bool(rivals.fullmatch(run)) == (run in design.rivals)
+    assert not re.compile(rules.one_of([])).fullmatch("")
+    assert len(rules.timings()) == len(set(rules.timings())) == len(design.quantized) + len(workflow.SOURCES)
+
+
+def test_every_executed_notebook_becomes_a_page():
+    design = load_design(CONFIG, ROOT / "config")
+    logs = workflow.Rules(design).executed()
+    assert len(logs) == len(set(logs))
+    stems = {log.removeprefix("results/embedded/logs/").removesuffix(".ipynb") for log in logs}
+    assert {stem.split("/")[0] for stem in stems} == set(workflow.NOTEBOOKS)
+    assert {f"rival/{run}" for run in design.rivals} <= stems and "salience/embedded.fisher" in stems
+
+
 def test_only_marked_rows_run_the_tasks():
     design = load_design(CONFIG, ROOT / "config")
     make = workflow.notebook_params(design, "evaluation")
@@ -81,11 +117,10 @@ def test_jobs_that_run_together_fit_the_machine(monkeypatch, cores, machine, mem
     together = cores // threads
     assert 1 <= together <= max(1, min(machine, cores))
     assert together == 1 or together * job <= memory
-    assert workflow.job_threads(cores, job, alone=True) == cores
 
 
 def test_caps_do_not_apply_on_a_cluster():
-    assert workflow.job_threads(None, 1000) == workflow.job_threads(2**31, 1000, alone=True) == 1
+    assert workflow.job_threads(None, 1000) == workflow.job_threads(2**31, 1000) == 1
 
 
 def test_snakefile_is_short_and_imports_only_the_workflow_helpers():
@@ -169,16 +204,12 @@ def test_dry_run_plans_every_run_once(checkout, tier):
     planned = jobs(text)
     design = load_design({**CONFIG, "tier": tier}, ROOT / "config")
     assert planned["evaluation"] == len(design.runs)
-    assert planned["quantization"] == len(design.quantized)
+    assert planned["quantization"] == len(design.planned)
+    assert planned.get("rival", 0) == len(design.rivals)
     assert planned["calibration"] == len(design.models)
-    sources = {(row["model"], row["salience"]) for row in design.runs.values() if row["method"] != "fp16"}
+    sources = {(row["model"], row["salience"]) for row in design.runs.values() if row["salience"] != "-"}
     assert planned["salience"] == len(sources)
-    assert {"e1", "e3", "e9", "overview", "html", "report", "summary"} <= set(planned)
-    for job in text.split("\nrule ")[1:]:  # a run that is timed takes all cores, so nothing runs beside it
-        if job.startswith("quantization:") and re.search(r"wildcards: run=(\S+)", job)[
-            1
-        ] in design.with_experiment("cost"):
-            assert "threads: 8" in job
+    assert {"e1", "e3", "e5", "e9", "overview", "html", "report", "summary"} <= set(planned)
 
 
 TARGET = "results/embedded/salience/embedded.random.safetensors"

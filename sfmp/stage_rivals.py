@@ -1,0 +1,174 @@
+"""One run of a rival: from its row in config/runs.tsv to a quantized model, a checkpoint and a record."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from torch import nn
+
+from sfmp import baselines
+from sfmp.accounting import quantization_record, tensor_sizes
+from sfmp.baselines.bitstack_linear import level_bytes
+from sfmp.hf import save_checkpoint
+from sfmp.linear import StoredLinear
+from sfmp.salience import fisher_salience, linear_modules, load_salience
+
+MIXED = "sfmp-"  # prefix: the same quantizer with SFMP's mixed widths
+PLANNED = ("scalebits", "sfmp-efficient_qat", "layer_wise", "element")  # decide by a salience that is given to them
+# Not knobs but what the run is: the controls of granularity round to nearest, so that nothing repairs a bad choice.
+FIXED = {"sfmp-efficient_qat": {"mixed": True}, "layer_wise": {"method": "rtn"}}
+AMQ_TOLERANCE = 0.005  # of bits per weight, published; METHOD.md section 2.4
+
+
+def quantize(job, model, windows, method: str, settings: Mapping, knobs: Mapping, seed: int = 0):
+    """Quantize `model` in place as a row of the design says.
+
+    Parameters
+    ----------
+    job : sfmp.provenance.Run
+        Its input ``salience``, if declared, is what the methods of `PLANNED` decide by; they compute Fisher
+        salience from `windows` if not.
+    model : nn.Module
+    windows : Tensor int64 [n, seqlen]
+    method : str
+        Column `method` of the design.
+    settings : mapping
+        `bpw`, and `group_size`, `block_rows` where the row has them.
+    knobs : mapping
+        Keywords of the method; the rest keep their published values.
+    seed : int
+
+    Returns
+    -------
+    sfmp.baselines.outcome.Outcome
+    """
+    arguments = {**knobs, **settings, **FIXED.get(method, {})}
+    bpw = arguments.pop("bpw")
+    if method in PLANNED:
+        given = "salience" in job.inputs
+        arguments["salience"] = load_salience(job.inputs["salience"]) if given else fisher_salience(model, windows)
+    return baselines.quantize(method.removeprefix(MIXED), model, windows, bpw, seed=seed, **arguments)
+
+
+def knob_table(method: str, knobs: Mapping) -> pd.DataFrame:
+    """Knobs used beside those of the publication.
+
+    Parameters
+    ----------
+    method : str
+    knobs : mapping
+        Those given; all others are as published.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns `knob`, `used`, `published`, `reduced`; one row for each given knob.
+    """
+    published = inspect.signature(baselines.methods()[method.removeprefix(MIXED)]).parameters
+    rows = [(name, value, published[name].default, value != published[name].default) for name, value in knobs.items()]
+    return pd.DataFrame(rows, columns=["knob", "used", "published", "reduced"], dtype=object)
+
+
+def cost_table(outcome) -> pd.DataFrame:
+    """What each stage of an outcome cost here, and what it would cost with the published knobs on this model.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns `stage, unit, units, unit_seconds, full_units, unit_scale` (how much dearer a unit is then) and
+        `full_seconds`, their product.
+    """
+    frame = pd.DataFrame(outcome.cost.rows())
+    frame["unit_seconds"] = frame.wall_seconds / frame.units.where(frame.units > 0, 1)
+    return frame[["stage", "unit", "units", "unit_seconds", "full_units", "unit_scale", "full_seconds"]]
+
+
+def save(outcome, tokenizer, folder) -> Path:
+    """Write the outcome's model as a Hugging Face folder that ``from_pretrained`` loads; complete or not at all.
+
+    A method without a packed form (`element`) is written dense, with the weights it computed.
+    """
+    folder = Path(folder)
+    if any(isinstance(module, StoredLinear) for module in outcome.model.modules()):
+        return save_checkpoint(outcome.model, folder, tokenizer)
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    try:
+        outcome.model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def rival_record(folder, outcome, run: str, method: str, target: float) -> dict:
+    """Describe one run of a rival; everything in it is deterministic (clocks live elsewhere).
+
+    Parameters
+    ----------
+    folder : path-like
+        The saved checkpoint.
+    outcome : sfmp.baselines.outcome.Outcome
+    run, method : str
+        As in the design.
+    target : float
+        Budget that was asked for, bits per weight.
+
+    Returns
+    -------
+    dict
+        The keys of :func:`sfmp.accounting.quantization_record` and :func:`stored_record`, `target`, whether it was
+        `reached` (never from above, from below within `bpw_tolerance`), and the `knobs` as text. `wbits` and
+        `levels_used` are null for a method without codes of whole bits.
+    """
+    sizes = [_shape(module) for module in _quantized(outcome.model).values()]
+    weights = sum(rows * columns for rows, columns in sizes)
+    record = {"run": run, "bpw": float(outcome.bpw), "wbits": None, "bpw_tolerance": 1e-9}
+    if outcome.plan is not None:
+        record |= quantization_record(folder, outcome.plan, run)
+    else:
+        record |= {"bpw_stored": 8 * outcome.stored_bytes / weights,
+                   "model_bytes": int(tensor_sizes(folder).bytes.sum()), "quantized_weights": weights,
+                   "plan_hash": None, "levels_used": None}
+    record["bpw_tolerance"] = _tolerance(method, outcome, sizes, record["bpw_tolerance"])
+    gap = target - record["bpw"]
+    return {**record, **stored_record(outcome.stored_bytes, len(sizes), weights), "target": target,
+            "reached": bool(-1e-9 <= gap <= record["bpw_tolerance"]),
+            "knobs": json.dumps(outcome.notes.get("knobs", {}), sort_keys=True)}
+
+
+def stored_record(stored: int, matrices: int, weights: int) -> dict:
+    """`stored_bytes`, what the method itself has to store for its matrices; as bits per weight, `bpw_bytes`."""
+    return {"matrices": matrices, "stored_bytes": int(stored), "bpw_bytes": 8 * stored / weights}
+
+
+def _tolerance(method, outcome, sizes, planned):
+    """How far below its budget a method may end: the largest step of what it decides, in bits per weight."""
+    weights = sum(rows * columns for rows, columns in sizes)
+    if method == "amq":
+        return AMQ_TOLERANCE
+    if method == "layer_wise":
+        levels = outcome.plan.spec.candidate_levels
+        steps = [high - low for low, high in zip(levels, levels[1:], strict=False)]
+        return max(steps, default=0) * max(rows * columns for rows, columns in sizes) / weights + 1e-9
+    if method == "bitstack":
+        ranks = (module.rank for module in _quantized(outcome.model).values())
+        return max(8 * level_bytes(*size, rank) / weights for size, rank in zip(sizes, ranks, strict=True))
+    return planned
+
+
+def _quantized(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers with stored tensors; of a dense model the linear layers."""
+    stored = {name: module for name, module in model.named_modules() if isinstance(module, StoredLinear)}
+    return stored or linear_modules(model)
+
+
+def _shape(module):
+    return module.out_features, module.in_features
