@@ -20,20 +20,18 @@ from transformers.quantizers.auto import (
     register_quantization_config,
     register_quantizer,
 )
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sfmp.checkpoint import (
     FORMAT_VERSION,
     SIZES,
     check_entry,
-    check_headers,
     check_tensors,
     describe,
     layout,
-    read_headers,
 )
 from sfmp.checks import SfmpError
+from sfmp.hf_quantizer import StoredQuantizer
 from sfmp.linear import SFMPLinear
 
 METHOD = "sfmp"
@@ -79,79 +77,25 @@ class SFMPConfig(QuantizationConfigMixin):
         self.plan_hash, self.source = plan_hash, dict(source or {})
 
 
-class SFMPQuantizer(HfQuantizer):
-    """Builds SFMPLinear layers for `from_pretrained` and checks their tensors before the model is handed
-    out."""
+class SFMPQuantizer(StoredQuantizer):
+    """Loads and saves SFMPLinear layers."""
 
-    requires_calibration = True  # transformers then refuses to quantize on the fly: quantize_model does that
+    layer_class = SFMPLinear
+    halves = ("alpha", "beta")
+    check_entry, describe = staticmethod(check_entry), staticmethod(lambda layer: describe(layer.packed))
 
-    def preprocess_model(self, model, *args, **kwargs):
-        """Swap the layers on the meta device, then check the files before any tensor is read."""
-        super().preprocess_model(model, *args, **kwargs)
-        files = kwargs.get("checkpoint_files")
-        if files:
-            self._check_files(model, files)
+    @staticmethod
+    def empty(entry):
+        sizes = {key: entry[key] for key in ("group_size", "block_rows", "plane_words", "bias")}
+        return SFMPLinear.empty(*entry["shape"], **sizes, device="meta")
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        self._names = {}  # name in the config → name in this model
-        for name, entry in self.quantization_config.modules.items():
-            found = _find(model, name)
-            if found is None:
-                continue
-            linear, entry = model.get_submodule(found), check_entry(name, entry)
-            shape = (getattr(linear, "out_features", None), getattr(linear, "in_features", None))
-            if not isinstance(linear, nn.Linear) or shape != entry["shape"]:
-                raise SfmpError(f"{name}: expected a linear layer of {list(entry['shape'])} as the "
-                                f"checkpoint says, found {type(linear).__name__} {list(shape)} in "
-                                f"{type(model).__name__}; is config.json of another model?")
-            sizes = {key: entry[key] for key in ("group_size", "block_rows", "plane_words", "bias")}
-            model.set_submodule(found, SFMPLinear.empty(*shape, **sizes, device="meta"))
-            self._names[name] = found
+    @staticmethod
+    def layout(entry):
+        return layout(*(entry[key] for key in SIZES), entry["bias"])
 
-    def _check_files(self, model, files):
-        loaded = _renamed(read_headers(files), model, self)
-        for name, found in self._names.items():
-            entry = check_entry(name, self.quantization_config.modules[name])
-            expected = layout(*(entry[key] for key in SIZES), entry["bias"])
-            here = {key: loaded[f"{found}.{key}"] for key in expected if f"{found}.{key}" in loaded}
-            check_headers(name, here, expected)
-
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        for name, found in self._names.items():
-            layer = model.get_submodule(found)
-            entry = check_entry(name, self.quantization_config.modules[name])
-            for key in ("alpha", "beta"):  # a keep-in-float32 rule of the architecture may have widened them
-                if getattr(layer, key).dtype == torch.float32:
-                    setattr(layer, key, getattr(layer, key).half())
-            sizes = (entry[key] for key in SIZES)
-            check_tensors(name, layer.packed.tensors(), *sizes, entry["sha256"])
-        return model
-
-    def get_state_dict_and_metadata(self, model):
-        """Describe the layers as they are now, digests included; transformers calls this first when it
-        saves."""
-        config = self.quantization_config
-        config.modules = {name: describe(layer.packed) for name, layer in quantized_layers(model).items()}
-        model.config.quantization_config = config
-        return None, {}
-
-    def _dequantize(self, model, dtype=None):
-        for name, layer in quantized_layers(model).items():
-            weight = layer.packed.dequantize().to(dtype or model.dtype)
-            biased = layer.bias is not None
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=biased, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            if biased:
-                linear.bias = nn.Parameter(layer.bias.to(weight.dtype), requires_grad=False)
-            model.set_submodule(name, linear)
-        return model
-
-    def is_serializable(self, *args, **kwargs):
-        return True
-
-    @property
-    def is_trainable(self):
-        return False
+    @staticmethod
+    def check_layer(name, layer, entry):
+        check_tensors(name, layer.packed.tensors(), *(entry[key] for key in SIZES), entry["sha256"])
 
 
 def quantized_layers(model: nn.Module) -> dict[str, SFMPLinear]:
@@ -179,17 +123,32 @@ def attach(model: nn.Module, plan, source=None) -> nn.Module:
     layers = quantized_layers(model)
     if not layers:
         raise SfmpError("model: expected at least one SFMPLinear, found none; call quantize_model first")
+    modules = {name: describe(layer.packed, with_digest=False) for name, layer in layers.items()}
+    return adopt(model, layers, SFMPQuantizer, lambda source: SFMPConfig(
+        FORMAT_VERSION, plan.spec.to_dict(), modules, plan.hash, source), source)
+
+
+def adopt(model, layers, quantizer, config_of, source=None) -> nn.Module:
+    """Give a transformers model the configuration and the quantizer of its layers; `attach` for any format.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Returned as it is if it is no transformers model.
+    layers : mapping of str to StoredLinear
+    quantizer : subclass of `StoredQuantizer`
+    config_of : callable (source dict) -> quantization config
+    source : as in `attach`
+    """
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "save_pretrained"):
         return model
     _untie(model, layers)
     _restore_rotary(model)
-    modules = {name: describe(layer.packed, with_digest=False) for name, layer in layers.items()}
-    source = _source(config, source)
-    config.quantization_config = SFMPConfig(FORMAT_VERSION, plan.spec.to_dict(), modules, plan.hash, source)
+    config.quantization_config = config_of(_source(config, source))
     config._is_quantized = True
-    model.hf_quantizer = SFMPQuantizer(config.quantization_config, pre_quantized=True)
-    model.is_quantized, model.quantization_method = True, METHOD
+    model.hf_quantizer = quantizer(config.quantization_config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, config.quantization_config.quant_method
     return model
 
 
@@ -228,33 +187,6 @@ def save_checkpoint(model: nn.Module, folder, tokenizer=None, **options) -> Path
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
     return folder
-
-
-def _find(model, name):
-    """The name of a checkpoint's module in this model, None if this is the bare base model and the module a
-    head."""
-    prefix = model.base_model_prefix + "."
-    names = dict(model.named_modules())
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if candidate in names:
-            return candidate
-    if model.base_model is model and not name.startswith(prefix):
-        return None
-    raise SfmpError(f"{name}: expected this module in {type(model).__name__}, found none of that name; is "
-                    "config.json of another model?")
-
-
-def _renamed(headers, model, quantizer):
-    """Headers under the names the loader will give them (architectures may rename on loading)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model, None, quantizer)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    state = model.state_dict()
-    prefix = model.base_model_prefix
-    return {key if key in state else rename_source_key(key, renamings, [], prefix, state)[0]: header
-            for key, header in headers.items()}
 
 
 def _untie(model, layers):

@@ -107,6 +107,10 @@ class SFMPLinear(StoredLinear):
         shape = (self.out_features, self.in_features)
         return PackedMatrix(*stored, self.bias, shape, self.group_size, self.block_rows, self._cache)
 
+    def dequantize(self) -> torch.Tensor:
+        """Return the weight in natural order, float32 [N, K]."""
+        return self.packed.dequantize()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         from kernels_numba import matmul
 
