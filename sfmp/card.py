@@ -7,6 +7,9 @@ from pathlib import Path
 
 from sfmp.checks import SfmpError, write_atomically
 
+_SFMP = "search-free fine-grained mixed precision (arXiv 2602.01027)"
+_BITSTACK = "BitStack: levels of sign bits times a product of low rank (arXiv 2410.23918)"
+
 
 def model_card(model) -> str:
     """Return the card: YAML front matter that the Hub reads, what was quantized and how, and how to load it.
@@ -16,33 +19,29 @@ def model_card(model) -> str:
     SfmpError
         The model was not quantized by sfmp.
     """
-    from sfmp.hf import SFMPConfig, quantized_layers
+    from sfmp.baselines.bitstack_hf import BitStackConfig
+    from sfmp.hf import SFMPConfig
 
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if not isinstance(config, SFMPConfig):
+    if isinstance(config, SFMPConfig):
+        method, tags, how = "SFMP", ("sfmp", "quantized", "mixed-precision"), _SFMP
+        weights, tables = _sfmp(model, config)
+    elif isinstance(config, BitStackConfig):
+        method, tags, how = "BitStack", ("bitstack", "quantized"), _BITSTACK
+        weights, tables = _bitstack(model, config)
+    else:
         raise SfmpError("model: expected one quantized by sfmp, found no SFMPConfig; call quantize_model "
                         "first")
-    packed = {name: layer.packed for name, layer in quantized_layers(model).items()}
     source = config.source.get("model")
     on_hub = bool(source and re.fullmatch(r"[\w.-]+/[\w.-]+", source))
-    weights = {name: p.shape[0] * p.shape[1] for name, p in packed.items()}
-    total = sum(weights.values())
-    mean = {key: sum(getattr(p, key) * weights[name] for name, p in packed.items()) / total
-            for key in ("wbits", "bpw", "bpw_stored")}
     front = ["---", *([f"base_model: {source}"] if on_hub else []), "base_model_relation: quantized",
-             "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- sfmp", "- quantized",
-             "- mixed-precision", "---"]
-    spec = [f"| {key} | {value} |" for key, value in config.spec.items()]
+             "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags),
+             "---"]
     revision = f" (revision {config.source['revision']})" if config.source.get("revision") else ""
     return "\n".join([
-        *front, "", f"# {source or 'A model'}, quantized by SFMP", "",
-        f"{len(packed)} matrices with {total} weights of {source or 'an unnamed model'}{revision}, quantized "
-        "by search-free fine-grained mixed precision (arXiv 2602.01027).", "",
-        "| | bits per weight |", "|---|---|",
-        f"| codes | {mean['wbits']:.4f} |", f"| codes, scales and offsets (bpw) | {mean['bpw']:.4f} |",
-        f"| all stored bytes of the matrices (bpw_stored) | {mean['bpw_stored']:.4f} |", "",
-        "| specification | |", "|---|---|", *spec, f"| plan | `{config.plan_hash}` |", "",
-        "| bit-width | share of the weights |", "|---|---|", *_shares(packed.values(), total), "",
+        *front, "", f"# {source or 'A model'}, quantized by {method}", "",
+        f"{len(weights)} matrices with {sum(weights)} weights of {source or 'an unnamed model'}{revision}, "
+        f"quantized by {how}.", "", *tables, "",
         "```python", "import sfmp", "from transformers import AutoModelForCausalLM", "",
         'model = AutoModelForCausalLM.from_pretrained("this folder")', "```", ""])
 
@@ -52,6 +51,40 @@ def save_model_card(model, folder) -> Path:
     text, path = model_card(model), Path(folder) / "README.md"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
+
+
+def _sfmp(model, config):
+    """Weights of each matrix, and the lines of the tables."""
+    from sfmp.hf import quantized_layers
+
+    packed = [layer.packed for layer in quantized_layers(model).values()]
+    weights = [p.shape[0] * p.shape[1] for p in packed]
+    total = sum(weights)
+    mean = {key: sum(getattr(p, key) * count for p, count in zip(packed, weights, strict=True)) / total
+            for key in ("wbits", "bpw", "bpw_stored")}
+    return weights, [
+        "| | bits per weight |", "|---|---|",
+        f"| codes | {mean['wbits']:.4f} |", f"| codes, scales and offsets (bpw) | {mean['bpw']:.4f} |",
+        f"| all stored bytes of the matrices (bpw_stored) | {mean['bpw_stored']:.4f} |", "",
+        "| specification | |", "|---|---|", *(f"| {key} | {value} |" for key, value in config.spec.items()),
+        f"| plan | `{config.plan_hash}` |", "",
+        "| bit-width | share of the weights |", "|---|---|", *_shares(packed, total)]
+
+
+def _bitstack(model, config):
+    """Weights of each matrix, and the lines of the tables."""
+    from sfmp.baselines.bitstack_hf import quantized_layers
+    from sfmp.baselines.outcome import stored_bytes
+
+    layers = quantized_layers(model).values()
+    weights = [layer.out_features * layer.in_features for layer in layers]
+    levels = sorted({layer.levels for layer in layers})
+    return weights, [
+        "| | bits per weight |", "|---|---|",
+        f"| all stored bytes of the matrices (bpw) | {8 * sum(stored_bytes(model).values()) / sum(weights):.4f} |", "",
+        "| specification | |", "|---|---|", *(f"| {key} | {value} |" for key, value in config.knobs.items()), "",
+        "| levels | matrices |", "|---|---|",
+        *(f"| {level} | {sum(layer.levels == level for layer in layers)} |" for level in levels)]
 
 
 def _shares(matrices, total):

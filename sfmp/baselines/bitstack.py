@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sfmp import evaluate
+from sfmp.baselines import bitstack_hf
 from sfmp.baselines.bitstack_linear import BitStackLinear, level_bytes, pack_signs
 from sfmp.baselines.outcome import Outcome, stored_bytes
 from sfmp.checks import SfmpError, integer, token_ids
@@ -255,6 +256,7 @@ def quantize(model, windows, bpw, *, seed=0, group_size=None, rank=16, n_levels=
     for name in training:
         model.get_submodule(name).training = True
     knobs = {"rank": rank, "n_levels": n_levels, "n_windows": len(scale_windows), "sort_windows": len(order_windows)}
+    bitstack_hf.attach(model, knobs)
     stored = sum(stored_bytes(model).values())
     notes = {"knobs": knobs, "levels": loaded, "order_of_last_level": [name for _, name in order],
              "budget_bytes": budget.bytes}
