@@ -154,10 +154,11 @@ def _tolerance(method, outcome, sizes, planned):
     weights = sum(rows * columns for rows, columns in sizes)
     if method == "amq":
         return AMQ_TOLERANCE
-    if method == "layer_wise":
-        levels = outcome.plan.spec.candidate_levels
+    if method in ("layer_wise", "element"):
+        levels = outcome.notes["knobs"]["levels"]
+        unit = max(rows * columns for rows, columns in sizes) if method == "layer_wise" else 1
         steps = [high - low for low, high in zip(levels, levels[1:], strict=False)]
-        return max(steps, default=0) * max(rows * columns for rows, columns in sizes) / weights + 1e-9
+        return max(steps, default=0) * unit / weights + 1e-9
     if method == "bitstack":
         ranks = (module.rank for module in _quantized(outcome.model).values())
         return max(8 * level_bytes(*size, rank) / weights for size, rank in zip(sizes, ranks, strict=True))

@@ -86,7 +86,7 @@ def parameters(method):
     """Keywords of a rival that are knobs: not settings of a row, nor what a run is by definition."""
     found = inspect.signature(baselines.methods()[method]).parameters.values()
     fixed = {name for arguments in stage_rivals.FIXED.values() for name in arguments}
-    settings = {"seed", "group_size", "block_rows", "levels", "salience", "skip", "plan", "found", "progress"}
+    settings = {"seed", "group_size", "block_rows", "levels", "reorder", "salience", "skip", "plan", "found"}
     keywords = {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}
     return {name: default for name, default in keywords.items() if name not in settings | fixed}
 

@@ -27,7 +27,7 @@ def methods() -> dict:
     }
 
 
-def quantize(method: str, model, windows, bpw: float, *, seed: int = 0, **knobs):
+def quantize(method: str, model, windows, bpw: float, /, *, seed: int = 0, **knobs):
     """Quantize `model` in place by the named method.
 
     Parameters
