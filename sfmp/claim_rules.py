@@ -31,13 +31,14 @@ def outcome(verdict: str, ours: str, reason: str = "") -> dict:
 
 
 def rows(frame: pd.DataFrame, where: Mapping) -> pd.DataFrame:
-    """Rows whose columns equal the values of `where`, compared as text (so 128 and "128" are the same
-    setting).
+    """Rows whose columns equal the values of `where`, or one of a list of them, compared as text (so 128 and
+    "128" are the same setting).
     """
     for column, value in where.items():
         if column not in frame:
             return frame.iloc[0:0]
-        frame = frame[frame[column].map(_text) == _text(value)]
+        allowed = [_text(v) for v in (value if isinstance(value, list) else [value])]
+        frame = frame[frame[column].map(_text).isin(allowed)]
     return frame
 
 
@@ -150,11 +151,11 @@ def all_true(tables, *, table, column):
     return outcome("replicated" if good == len(frame) else "not-replicated", f"{good}/{len(frame)} rows true")
 
 
-def within_seconds(tables, *, table, column, limit):
+def within_seconds(tables, *, table, column, limit, where=None):
     """Is every duration within `limit` seconds? The seconds stay in `table`: verdict files hold no clock
     readings.
     """
-    frame = tables.get(table, pd.DataFrame())
+    frame = rows(tables.get(table, pd.DataFrame()), where or {})
     if frame.empty or column not in frame or frame[column].dropna().empty:
         return outcome("not-run", "", f"{table} has no {column}")
     values = frame[column].dropna()

@@ -1,7 +1,7 @@
 """Claims ledger: every claim of the paper, judged on our tables by one of a closed list of verdicts.
 
-A claim is a row of ``config/claims.tsv``; its `rule` names a function of :mod:`sfmp.claim_rules` and its
-`args` (one JSON object) are that function's keyword arguments.
+A claim is a row of ``config/claims.tsv``; its `rule` names a function of :mod:`sfmp.claim_rules` or
+:mod:`sfmp.claim_rules_comparison`, and its `args` (one JSON object) are that function's keyword arguments.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from sfmp import claim_rules, claim_rules_comparison
 from sfmp.checks import SfmpError
-from sfmp.claim_rules import RULES, VERDICTS, control_first, outcome
+from sfmp.claim_rules import VERDICTS, control_first, outcome
+
+RULES = claim_rules.RULES | claim_rules_comparison.RULES
 
 COLUMNS = [
     "claim",

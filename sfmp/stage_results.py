@@ -14,7 +14,8 @@ EMBEDDED = {
     "claims": "config/claims.tsv",
     "evals": "results/embedded/eval",
     "quantized": "results/embedded/quantized",
-    "tables": "results/embedded/tables",
+    "tables": ["results/embedded/tables", "results/embedded/timing"],
+    "timing": [f"results/embedded/timing/{part}" for part in ("quantization", "rival", "salience")],
 }
 
 
@@ -22,12 +23,13 @@ def declared(run, name: str):
     """Path, or list of paths, of a results input; of the embedded tier where the notebook was given none."""
     if name in run.inputs:
         return run.inputs[name]
-    path = base_directory() / EMBEDDED[name]
-    if not path.exists():
+    named = EMBEDDED[name]
+    paths = [base_directory() / path for path in ([named] if isinstance(named, str) else named)]
+    if missing := [path for path in paths if not path.exists()]:
         raise SfmpError(
-            f"{path}: expected the results of the embedded tier, found none; run `snakemake --cores 8` first."
+            f"{missing[0]}: expected the results of the embedded tier, found none; run `snakemake --cores 8` first."
         )
-    return path
+    return paths[0] if isinstance(named, str) else paths
 
 
 def results(run):
