@@ -82,7 +82,8 @@ def _bitstack(model, config):
     return weights, [
         "| | bits per weight |", "|---|---|",
         f"| all stored bytes of the matrices (bpw) | {8 * sum(stored_bytes(model).values()) / sum(weights):.4f} |", "",
-        "| specification | |", "|---|---|", *(f"| {key} | {value} |" for key, value in config.knobs.items()), "",
+        "| specification | |", "|---|---|",
+        *(f"| {key} | {value} |" for key, value in sorted(config.knobs.items())), "",
         "| levels | matrices |", "|---|---|",
         *(f"| {level} | {sum(layer.levels == level for layer in layers)} |" for level in levels)]
 

@@ -48,7 +48,6 @@ class BitStackLinear(StoredLinear):
     """
 
     stored = ("signs", "left", "right")
-    channel_scale = None  # divided into `right`, where it costs nothing: sign(R) * (U V / s) = (sign(R) * U V) / s
 
     def __init__(self, signs, left, right, bias=None, *, in_features: int):
         super().__init__()

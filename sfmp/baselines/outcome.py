@@ -54,19 +54,17 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
     Returns
     -------
     dict of str to int
-        ``planes, affine, bit_map, permutations, factors, signs, channel_scales``, zero where a part does not
-        occur. The checkpoint format writes permutations and bit maps for every matrix; a method is charged
-        only for those that say something: a permutation that is no identity, and a bit map with more than one
-        value (one byte per matrix otherwise). A bias belongs to no quantized weight.
+        ``planes, affine, bit_map, permutations, signs, factors``, zero where a part does not occur. The
+        checkpoint format writes permutations and bit maps for every matrix; a method is charged only for those
+        that say something: a permutation that is no identity, and a bit map with more than one value (one byte
+        per matrix otherwise). A bias belongs to no quantized weight.
 
     Raises
     ------
     SfmpError
         If no layer is quantized.
     """
-    parts = dict.fromkeys(
-        ("planes", "affine", "bit_map", "permutations", "signs", "factors", "channel_scales"), 0
-    )
+    parts = dict.fromkeys(("planes", "affine", "bit_map", "permutations", "signs", "factors"), 0)
     layers = [m for m in model.modules() if isinstance(m, SFMPLinear | BitStackLinear)]
     if not layers:
         raise SfmpError("model: expected a quantized layer, found none; quantize the model first")
@@ -78,8 +76,7 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
 
 def _layer_bytes(layer) -> dict[str, int]:
     if isinstance(layer, BitStackLinear):
-        return {"signs": _bytes(layer.signs), "factors": _bytes(layer.left) + _bytes(layer.right),
-                "channel_scales": _bytes(layer.channel_scale)}
+        return {"signs": _bytes(layer.signs), "factors": _bytes(layer.left) + _bytes(layer.right)}
     permutations = sum(_bytes(p) for p in (layer.row_perm, layer.col_perm) if not _is_identity(p))
     one_width = len(np.unique(layer.block_bits.cpu().numpy())) == 1
     return {"planes": _bytes(layer.planes), "affine": _bytes(layer.alpha) + _bytes(layer.beta),
@@ -87,7 +84,7 @@ def _layer_bytes(layer) -> dict[str, int]:
 
 
 def _bytes(tensor) -> int:
-    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+    return tensor.numel() * tensor.element_size()
 
 
 def _is_identity(permutation) -> bool:
