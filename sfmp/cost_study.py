@@ -16,7 +16,7 @@ from sfmp.salience import linear_modules
 
 LAYERS = (3, 6, 12)
 GROUPS = (128, 64, 32)  # columns of a block on a model 512 wide: 4, 8, 16 column groups
-WINDOWS, TOKENS = 4, 64
+WINDOWS, TOKENS = {"layers": 4, "blocks": 16}, 64  # more windows where they are what SliM-LLM's cost hangs on
 CODE_BITS = 3  # a whole number, which every method can meet
 STACK_BPW = 3.9  # of BitStack, which has no groups: three whole levels and a part of the fourth, which is sorted
 #: method → (knobs, {stage: what it is called in the table}); few evaluations, each of the same price as always
@@ -71,12 +71,13 @@ def cost_scaling(layers=LAYERS, groups=GROUPS, seed: int = 0, width: int = 128) 
     -------
     pandas.DataFrame
         Per axis (layers or blocks), size (layers; column groups of a matrix) and stage: `linears`, `blocks` (of
-        all matrices; column groups for the rivals), `seconds, evaluations, units` done here, `full_units` that
-        the publication's settings need on that model, and `full_seconds` for them.
+        all matrices; column groups for the rivals), `seconds` of CPU, `evaluations` and `units` done here,
+        `full_units` that the publication's settings need on that model, and `full_seconds` for them.
 
     Notes
     -----
-    The first model is run once without being recorded: what loads on first use is no cost of a method.
+    CPU seconds, so that a busy machine does not bend the curves. The first model is run once without being
+    recorded: what loads on first use is no cost of a method.
 
     Source: experiment C1 of METHOD §4.
     """
@@ -90,7 +91,7 @@ def cost_scaling(layers=LAYERS, groups=GROUPS, seed: int = 0, width: int = 128) 
 def _measure(axis, size, layers, width, group, seed):
     """Rows of one model: every method on a fresh copy of it."""
     generator = torch.Generator().manual_seed(seed)
-    windows = torch.randint(128, (WINDOWS, TOKENS), generator=generator)
+    windows = torch.randint(128, (WINDOWS[axis], TOKENS), generator=generator)
     rows = []
     for method, (knobs, stages) in STUDIED.items():
         model = random_model(layers, width, 2 * width if axis == "layers" else width, seed)
@@ -103,7 +104,8 @@ def _measure(axis, size, layers, width, group, seed):
         for row in outcome.cost.rows():
             if row["stage"] in stages:
                 rows.append({**row, "axis": axis, "size": size, "linears": len(shapes), "blocks": blocks,
-                             "method": method, "stage": stages[row["stage"]], "seconds": row["wall_seconds"]})
+                             "method": method, "stage": stages[row["stage"]], "seconds": row["cpu_seconds"],
+                             "full_seconds": row["cpu_seconds"] * row["full_seconds"] / row["wall_seconds"]})
     return rows
 
 

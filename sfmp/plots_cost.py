@@ -77,7 +77,7 @@ def _duration(seconds):
 
 @styled
 def cost_scaling(table: pd.DataFrame):
-    """Seconds and needed work of the deciding stages against the size of the model; numbers are exponents.
+    """CPU seconds and needed work of the deciding stages against the size of the model; numbers are exponents.
 
     Parameters
     ----------
@@ -87,9 +87,9 @@ def cost_scaling(table: pd.DataFrame):
     needs(table, ["axis", "size", "method", "stage", "seconds", "full_units", "seconds_exponent"], "cost_scaling")
     figure, axes = plt.subplots(1, 3, figsize=(PAGE, 2.9))
     panels = (
-        ("layers", "seconds", "seconds of this study", "layers"),
+        ("layers", "seconds", "CPU seconds of this study", "layers"),
         ("layers", "full_units", "units of work as published", "layers"),
-        ("blocks", "seconds", "seconds of this study", "column groups of a matrix"),
+        ("blocks", "seconds", "CPU seconds of this study", "column groups of a matrix"),
     )
     for ax, (axis, column, title, label) in zip(axes, panels, strict=True):
         rows = table[(table.axis == axis) & (table[column] > 0)]
