@@ -1,19 +1,17 @@
 """Tables of the paper's experiments from the tidy frame of :mod:`sfmp.records`; numbers are selected, never
 typed.
 
-Timings are read by :func:`cost_table` alone, so every other table is reproducible to the byte; numbers of
-the paper come from ``config/paper_values.tsv`` alone.
+No clock is read, so every table is reproducible to the byte (costs: :mod:`sfmp.tables_cost`); numbers of the
+paper come from ``config/paper_values.tsv`` alone.
 """
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pandas as pd
 
 from sfmp.checks import SfmpError
-from sfmp.records import FP, json_files
+from sfmp.records import FP
 
 #: what each ablation varies; every other column is held fixed by the design
 FACTORS = {
@@ -149,18 +147,6 @@ def ablation_table(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
     return rows.reindex(columns=columns).sort_values(
         ["model", "bpw", *factors, "run"], kind="stable", ignore_index=True
     )
-
-
-def cost_table(timings) -> pd.DataFrame:
-    """Wall time and peak memory per run, from ``timing/**/*.json``: the only table that reads clocks.
-
-    Parameters
-    ----------
-    timings : path-like, iterable or mapping of path-like
-        Flat JSON objects with the key ``run``.
-    """
-    frame = pd.DataFrame([json.loads(path.read_text()) for path in json_files(timings)])
-    return frame if frame.empty else frame.sort_values("run", kind="stable", ignore_index=True)
 
 
 def read_paper_values(path) -> pd.DataFrame:

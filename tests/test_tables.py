@@ -153,12 +153,6 @@ def test_markdown_escapes_and_rounds():
     assert tables.to_markdown(frame).splitlines()[-1] == "| x\\|y | 1235 | – | 7 |"
 
 
-def test_cost_table_reads_timings(tmp_path):
-    for run in ("b", "a"):
-        (tmp_path / f"{run}.json").write_text(json.dumps({"run": run, "wall_seconds": 1.5}))
-    assert tables.cost_table(tmp_path).run.tolist() == ["a", "b"]
-
-
 def test_checkpoint_bytes_are_counted_from_the_headers(tmp_path):
     from safetensors.numpy import save_file
 
