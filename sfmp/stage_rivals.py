@@ -23,7 +23,8 @@ MIXED = "sfmp-"  # prefix: the same quantizer with SFMP's mixed widths
 PLANNED = ("scalebits", "sfmp-efficient_qat", "layer_wise", "element")  # decide by a salience that is given to them
 # Not knobs but what the run is: the controls of granularity round to nearest, so that nothing repairs a bad choice.
 FIXED = {"sfmp-efficient_qat": {"mixed": True}, "layer_wise": {"method": "rtn"}}
-AMQ_TOLERANCE = 0.005  # of bits per weight, published; METHOD.md section 2.4
+# Bits per weight: SliM-LLM's exchanges keep the mean, AMQ publishes a tolerance. METHOD.md sections 2.3 and 2.4
+TOLERANCES = {"slim_llm": 1e-9, "amq": 0.005}
 
 
 def quantize(job, model, windows, method: str, settings: Mapping, knobs: Mapping, seed: int = 0):
@@ -152,8 +153,8 @@ def stored_record(stored: int, matrices: int, weights: int) -> dict:
 def _tolerance(method, outcome, sizes, planned):
     """How far below its budget a method may end: the largest step of what it decides, in bits per weight."""
     weights = sum(rows * columns for rows, columns in sizes)
-    if method == "amq":
-        return AMQ_TOLERANCE
+    if method in TOLERANCES:
+        return TOLERANCES[method]
     if method in ("layer_wise", "element"):
         levels = outcome.notes["knobs"]["levels"]
         unit = max(rows * columns for rows, columns in sizes) if method == "layer_wise" else 1
