@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = ["available", "matmul"]
 
 BACKENDS = ("cuda", "cpu", "reference")  # best first
+AUTO = ("cuda", "reference")  # what "auto" chooses from
 MODES = {"reference": ("exact", "lut"), "cpu": ("lut16", "lut8", "exact"), "cuda": ("lut", "mma")}
 _NOT_BUILT = "no: its kernels are not part of this version"
 
@@ -23,8 +24,10 @@ def available() -> dict[str, str]:
     >>> available()["reference"].startswith("yes")
     True
     """
+    from kernels_numba import cpu
+
     reference = "yes: dequantize, then multiply with torch; any device"
-    return {"cuda": _NOT_BUILT, "cpu": _NOT_BUILT, "reference": reference}
+    return {"cuda": _NOT_BUILT, "cpu": cpu.available(), "reference": reference}
 
 
 def matmul(x, packed, backend: str = "auto", mode: str | None = None):
@@ -36,7 +39,7 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
         On the device of `packed`.
     packed : PackedMatrix or SFMPLinear
     backend : {"auto", "reference", "cpu", "cuda"}
-        "auto" takes the first of cuda, cpu, reference that can run with these tensors.
+        "auto" takes the first of `AUTO` that can run here.
     mode : str or None
         reference: "exact" (default) or "lut" (the NumPy oracle of `kernels_numba.reference`, slow);
         cpu: "lut16", "lut8", "exact"; cuda: "lut", "mma".
@@ -63,7 +66,7 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
     if not isinstance(x, np.ndarray | torch.Tensor):
         raise SfmpError(f"x: expected a tensor or an array, found {type(x).__name__}; convert it")
     if backend == "auto":
-        backend = next(name for name in BACKENDS if available()[name].startswith("yes"))
+        backend = next(name for name in AUTO if available()[name].startswith("yes"))
     if backend not in BACKENDS:
         raise SfmpError(f"backend: expected auto, {', '.join(BACKENDS)}, found {backend!r}; see available()")
     if mode is not None and mode not in MODES[backend]:
@@ -72,6 +75,10 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
     if not available()[backend].startswith("yes"):
         raise SfmpError(f"backend: expected one that can run here, found {backend} ({available()[backend]}); "
                         "use backend='auto'")
+    if backend == "cpu":
+        from kernels_numba.cpu import product
+
+        return product.matmul(x, packed, mode)
     from kernels_numba import reference
 
     return reference.matmul(x, packed, mode or "exact")

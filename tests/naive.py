@@ -164,3 +164,46 @@ def perplexity(logits, windows):
             losses.append(top + np.log(sum(np.exp(v - top) for v in row)) - row[window[position + 1]])
         means.append(sum(losses) / len(losses))
     return float(np.exp(sum(means) / len(means)))
+
+
+# LUT-GEMM
+
+
+def affine_weight(codes, scales, zeros, bits, group_size, block_rows, row_perm, col_perm, **_):
+    """W, float64 [N, K] in natural order, as float16 alpha and beta restore it; arguments as for pack()."""
+    rows, cols = codes.shape
+    weight, magnitude = np.empty((rows, cols)), np.empty((rows, cols))
+    for i, j in np.ndindex(rows, cols):
+        group = j // group_size
+        top = 2.0 ** int(bits[i // block_rows, group]) - 1
+        alpha = np.float64(np.float16(scales[i, group] / 2))
+        beta = np.float64(np.float16(np.float32(scales[i, group] * (top / 2 - zeros[i, group]))))
+        weight[row_perm[i], col_perm[j]] = alpha * (2.0 * codes[i, j] - top) + beta
+        magnitude[row_perm[i], col_perm[j]] = abs(alpha) * top
+    return weight, magnitude
+
+
+def table_error(x, magnitude, col_perm, tile_columns, top):
+    """Largest error of each product when tables of 4 columns are rounded to integers up to `top`, float64 [M, N].
+
+    The step is shared by `tile_columns` permuted columns; an entry is wrong by half a step, and 2^b - 1 of each of the
+    tables are added up. x [M, K] and magnitude |alpha|·(2^b - 1) [N, K] are in natural order.
+    """
+    error = np.zeros((len(x), len(magnitude)))
+    for start in range(0, len(col_perm), tile_columns):
+        columns = col_perm[start : start + tile_columns]
+        tables = [columns[at : at + 4] for at in range(0, len(columns), 4)]
+        for m in range(len(x)):
+            step = max(np.abs(x[m, four]).sum() for four in tables) / top
+            for four in tables:
+                error[m] += step / 2 * magnitude[:, four[0]]
+    return error
+
+
+def tile_code(tile, width, row, column):
+    """Code of one weight in the bytes of a tile, uint8 [width, columns/32, 16 rows, 4].
+
+    Byte j of a row's word holds nibble j in its low half and nibble 4 + j in its high half.
+    """
+    word, nibble, bit = column // 32, column % 32 // 4, column % 4
+    return sum((int(tile[k, word, row, nibble % 4]) >> (bit + 4 * (nibble // 4)) & 1) << k for k in range(width))

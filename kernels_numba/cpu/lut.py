@@ -1,0 +1,188 @@
+"""Tile kernels: look-ups instead of products, for 1–8 bits and three widths of table entries.
+
+The tables of 4 neighbouring columns hold all 16 signed sums ±x₀ ±x₁ ±x₂ ±x₃. A nibble of a plane is an index into
+them, so with W = alpha·Σ_k 2^k(2·plane_k − 1) + beta the product with 16 rows is
+
+    y += alpha · step · Σ_k 2^k Σ_tables entry[nibble of plane k]  +  beta · Σ x
+
+and the zero points need no code of their own, at any number of bits. Look-up, sum over tables, widening and the weight
+2^k are two instructions for 64 look-ups. Modes:
+
+lut8   entries are int8: one vector holds 4 tables
+lut16  entries are int16, split into a signed high and an unsigned low byte; int32 sums are exact
+exact  entries are float32: one vector is one table
+
+Source: CPU.md section 5 (designs lut8, lut16, fps). One difference: the tables hold ±x, not ±x/2, because the stored
+alpha is half the scale.
+"""
+
+from __future__ import annotations
+
+from numba import types
+from numba.core.errors import RequireLiteralValue
+from numba.extending import intrinsic
+
+from kernels_numba.cpu.records import WORD_COLUMNS, table_bytes, tile_bytes
+from kernels_numba.cpu.simd import BYTES, FLOAT, FLOATS, INTS, LONG, VECTOR, Simd, outlined
+
+MAX_BITS = 8
+PREFETCH_AHEAD = 4160  # bytes; about 4 KB and no multiple of a page, CPU.md section 0
+
+
+@intrinsic
+def multiply_block(typing, mode, columns, tokens, bits, tiles, count, tables, table_step, sums, sum_step):
+    """Add the product of `count` tiles of `bits` bits to the sums of `tokens` tokens.
+
+    Parameters
+    ----------
+    mode, columns, tokens : literals
+        One of `records.MODES`, columns of a tile, tokens of this call.
+    bits : int64
+        1..8, the same for all tiles.
+    tiles, tables, sums : int64
+        Addresses: of the first tile; of the table record of these columns for the first token; of 16·count float32.
+    table_step, sum_step : int64
+        Bytes from one token to the next.
+    """
+    for literal in (mode, columns, tokens):
+        if not isinstance(literal, types.Literal):
+            raise RequireLiteralValue(literal)
+    fixed = mode.literal_value, columns.literal_value, tokens.literal_value
+    signature = types.void(mode, columns, tokens, *[types.int64] * 7)
+
+    def codegen(context, builder, signature, arguments):
+        bits, *rest = arguments[3:]
+        end = builder.append_basic_block("multiplied")
+        choice = builder.switch(bits, end)
+        for width in range(1, MAX_BITS + 1):
+            with builder.goto_block(builder.append_basic_block(f"bits{width}")):
+                choice.add_case(LONG(width), builder.block)
+                name = f"multiply_{fixed[0]}_{fixed[1]}x{fixed[2]}_{width}"
+                outlined(builder, name, rest, _body(*fixed, width))
+                builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _body(mode, columns, tokens, bits):
+    kernel = {"lut8": _Bytes, "lut16": _Shorts, "exact": _Floats}[mode](columns, tokens, bits)
+    return kernel.write
+
+
+class _Kernel:
+    """Loop over tiles; what a mode does with the planes is `start`, `take` and `total`."""
+
+    mode: str
+
+    def __init__(self, columns, tokens, bits):
+        self.columns, self.tokens, self.bits = columns, tokens, bits
+        self.words = columns // WORD_COLUMNS
+
+    def write(self, v: Simd, tiles, count, tables, table_step, sums, sum_step):
+        self.v = v
+        self.tables = [v.at(tables, v.times(table_step, token)) for token in range(self.tokens)]
+        # One token: its tables stay in registers for all tiles. More tokens: they are operands in memory (L1).
+        self.kept = self.load_tables() if self.tokens == 1 else None
+        self.tails = [self.load_tail(0)] if self.tokens == 1 else None
+        size = tile_bytes(self.columns, self.bits)
+        with v.loop(count) as index:
+            tile = v.at(tiles, v.times(index, size))
+            for line in range(0, size, VECTOR):
+                v.prefetch(v.at(tile, PREFETCH_AHEAD + line))
+            totals = self.multiply(tile)
+            alpha, beta = (v.load_halves(v.at(tile, size - VECTOR + part)) for part in (0, VECTOR // 2))
+            for token, total in enumerate(totals):
+                step, total_x = self.tails[0] if self.tails else self.load_tail(token)
+                row = v.at(v.at(sums, v.times(index, VECTOR)), v.times(sum_step, token))
+                total = v.fmul(total, step)
+                v.store(row, v.fma(alpha, total, v.fma(beta, total_x, v.load(FLOATS, row))))
+
+    def table(self, token, index):
+        """Vector `index` of the tables of a token."""
+        if self.kept:
+            return self.kept[index]
+        return self.v.load(BYTES, self.v.at(self.tables[token], index * VECTOR))
+
+    def load_tables(self):
+        size = table_bytes(self.columns, self.mode) - VECTOR
+        return [self.v.load(BYTES, self.v.at(self.tables[0], line)) for line in range(0, size, VECTOR)]
+
+    def load_tail(self, token):
+        """(step of the entries, sum of the activations), 16 copies each."""
+        tail = self.v.at(self.tables[token], table_bytes(self.columns, self.mode) - VECTOR)
+        return [self.v.load_splat(FLOAT, self.v.at(tail, part)) for part in (0, 4)]
+
+
+class _Bytes(_Kernel):
+    """int8 entries: vpermb, then vpdpbusd with the constant 2^plane. Several chains hide the latency of vpdpbusd."""
+
+    mode = "lut8"
+    chains = 2
+
+    def multiply(self, tile):
+        v = self.v
+        offsets = v.constant(BYTES, [16 * (byte % 4) for byte in range(VECTOR)])  # byte j of a word reads table j
+        totals = [[v.constant(INTS, 0)] * self.chains for _ in range(self.tokens)]
+        for plane in range(self.bits):
+            for word in range(self.words):
+                line = v.load(BYTES, v.at(tile, (plane * self.words + word) * VECTOR))
+                for half, index in enumerate(v.nibbles(line, offsets)):
+                    for token in range(self.tokens):
+                        self.take(totals[token], half, plane, token, 2 * word + half, index)
+        return [v.to_floats(self.total(parts)) for parts in totals]
+
+    def take(self, parts, half, plane, token, table, index):
+        weight = self.v.constant(BYTES, 1 << plane)  # 128 is an unsigned byte too
+        parts[half] = self.v.dot(parts[half], weight, self.v.lookup_bytes(self.table(token, table), index))
+
+    def total(self, parts):
+        return self.v.add(*parts)
+
+
+class _Shorts(_Bytes):
+    """int16 entries as a high and a low byte; the low bytes are the unsigned operand of vpdpbusd."""
+
+    mode = "lut16"
+    chains = 4
+
+    def take(self, parts, half, plane, token, table, index):
+        v, low_tables = self.v, 2 * self.words
+        high, low = (v.lookup_bytes(self.table(token, table + start), index) for start in (0, low_tables))
+        parts[half] = v.dot(parts[half], v.constant(BYTES, 1 << plane), high)
+        # 2^7 is no signed byte: the low bytes of the top plane of 8 bits are taken twice with 2^6
+        for _ in range(2 if plane == 7 else 1):
+            parts[2 + half] = v.dot(parts[2 + half], low, v.constant(BYTES, 1 << min(plane, 6)))
+
+    def total(self, parts):
+        high, low = (self.v.add(*parts[start:][:2]) for start in (0, 2))
+        return self.v.add(self.v.left(high, 8), low)
+
+
+class _Floats(_Kernel):
+    """float32 entries of step 1: vpermps reads the low 4 bits of each row's word, shifted by a nibble 8 times."""
+
+    mode = "exact"
+
+    def load_tables(self):
+        return None  # 32 tables of 128 columns would take every register; they are read from L1
+
+    def multiply(self, tile):
+        v = self.v
+        totals = [v.constant(FLOATS, 0.0) for _ in range(self.tokens)]
+        for plane in range(self.bits):
+            sums = [[v.constant(FLOATS, 0.0)] * 2 for _ in range(self.tokens)]
+            for word in range(self.words):
+                line = v.load(INTS, v.at(tile, (plane * self.words + word) * VECTOR))
+                for nibble in range(8):
+                    index = v.right(line, 4 * nibble)
+                    # byte j of a word: table j in the low nibble, table 4 + j in the high one
+                    table = 8 * word + 4 * (nibble % 2) + nibble // 2
+                    for token in range(self.tokens):
+                        entries = v.load(FLOATS, v.at(self.tables[token], table * VECTOR))
+                        part = nibble % 2
+                        sums[token][part] = v.fadd(sums[token][part], v.lookup_floats(entries, index))
+            weight = v.constant(FLOATS, float(1 << plane))
+            totals = [v.fma(weight, v.fadd(*sums[token]), totals[token]) for token in range(self.tokens)]
+        return totals

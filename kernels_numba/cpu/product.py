@@ -1,0 +1,148 @@
+"""Products on the CPU: from a PackedMatrix and activations to the kernels, and the torch operator.
+
+``torch.ops.sfmp.cpu_linear(x, image, bias, rows, tile_columns, mode)`` is what a layer calls: no copy of activations
+that are contiguous, bfloat16 and float16 read and written by the kernels themselves. float64 is computed in float32.
+
+Activations that are NaN, infinite or beyond 2^120 have no tables. All tokens of such a call are multiplied with the
+dequantized weight by torch, slowly, so the result has its NaN and infinities where torch has them.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import numpy as np
+import torch
+
+from kernels_numba.cpu import arena, drive, layout, targets, threads
+from kernels_numba.cpu.native import BFLOAT16, FLOAT16, FLOAT32
+from kernels_numba.cpu.records import MODES, table_bytes
+from sfmp.checks import SfmpError
+
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+TOKENS = 64  # of one run; bounds the memory of the tables
+_FIRST_JOB = 1 << 20
+
+_library = torch.library.Library("sfmp", "DEF")
+_library.define("cpu_linear(Tensor x, Tensor image, Tensor? bias, SymInt rows, int tile_columns, str mode) -> Tensor")
+_local = threading.local()
+
+
+def matmul(x, packed, mode: str | None = None):
+    """Return x Wᵀ + bias; see `kernels_numba.matmul`.
+
+    The first call with a matrix repacks its planes and keeps them in ``packed.cache``.
+
+    Raises
+    ------
+    SfmpError
+        Wrong shape or dtype of x, x or the weight not on the CPU, no kernels for this processor or mode.
+    """
+    if isinstance(x, np.ndarray):
+        if x.dtype.kind != "f":
+            raise _wrong_x(x, packed)
+        return matmul(torch.from_numpy(np.require(x, requirements="CW")), packed, mode).numpy()
+    rows, columns = packed.shape
+    if x.ndim == 0 or x.shape[-1] != columns or x.dtype not in (*KINDS, torch.float64):
+        raise _wrong_x(x, packed)
+    for name, tensor in (("x", x), ("packed", packed)):
+        if tensor.device.type != "cpu":
+            raise SfmpError(f"{name}: expected device cpu for backend cpu, found {tensor.device}; move it or "
+                            "choose another backend")
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Product.apply(x, packed, mode)
+    wide = x.float() if x.dtype == torch.float64 else x
+    y = torch.ops.sfmp.cpu_linear(wide, image(packed), packed.bias, rows, tile_columns(packed), _mode(mode))
+    return y.to(x.dtype)
+
+
+def _wrong_x(x, packed):
+    return SfmpError(f"x: expected floating [..., {packed.shape[1]}], found {x.dtype} {list(x.shape)}; check "
+                     "in_features")
+
+
+def image(packed) -> torch.Tensor:
+    """The repacked weight, uint8 [bytes], made at the first call and kept in ``packed.cache``."""
+    found = packed.cache.get("cpu")
+    if found is None:
+        with torch.inference_mode(False):
+            found = packed.cache["cpu"] = torch.from_numpy(layout.make_image(packed))
+    return found
+
+
+def tile_columns(packed) -> int:
+    return int(np.gcd(packed.group_size, 128))
+
+
+def _mode(mode):
+    target, why = targets.detect()
+    modes = targets.MODES.get(target, ())
+    if not modes:
+        raise SfmpError(f"backend: expected a processor with kernels, but {why}; use backend='reference'")
+    if mode is not None and mode not in modes:
+        raise SfmpError(f"mode: expected one of {', '.join(modes)} on target {target}, found {mode!r}; leave it None")
+    return mode or modes[0]
+
+
+class _Product(torch.autograd.Function):
+    """The product with a gradient for x; the weight is quantized and has none."""
+
+    @staticmethod
+    def forward(ctx, x, packed, mode):
+        ctx.packed = packed
+        return matmul(x.detach(), packed, mode)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad.float() @ ctx.packed.dequantize()).to(grad.dtype), None, None
+
+
+@functools.cache
+def _kernels(mode: str, columns: int):
+    """(addresses of the stages), (mode and record of the tables), compiled or from Numba's cache."""
+    stages = drive.widen_stage(), drive.build_stage(mode, columns), drive.multiply_stage(mode, columns)
+    return drive.runner(), stages, (MODES.index(mode), table_bytes(columns, mode))
+
+
+def _job(size: int) -> int:
+    """Address of this thread's job, of at least `size` bytes."""
+    held = getattr(_local, "job", None)
+    if held is None or len(held) < size:
+        held = _local.job = arena.mapping(max(size, _FIRST_JOB))
+        held[:8].view(np.int64)[drive.CAPACITY] = len(held)
+        _local.address = held.ctypes.data
+    return _local.address
+
+
+def _cpu_linear(x, image, bias, rows, tile_columns, mode):
+    run, stages, tables = _kernels(mode, tile_columns)
+    x = x.contiguous()
+    columns = x.shape[-1]
+    y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    if bias is not None:
+        bias = (bias.float() if bias.dtype not in KINDS else bias).contiguous()
+    bias_at = (0, 0) if bias is None else (bias.data_ptr(), KINDS[bias.dtype])
+    kind, size = KINDS[x.dtype], x.element_size()
+    count, job = threads.count(), _job(0)
+    total = x.numel() // columns
+    for start in range(0, total, TOKENS):
+        arguments = (image.data_ptr(), x.data_ptr() + start * columns * size, kind, y.data_ptr() + start * rows * size,
+                     kind, *bias_at, min(TOKENS, total - start))
+        found = run(job, *stages, count, *tables, *arguments)
+        if found > 0:
+            job = _job(found)
+            found = run(job, *stages, count, *tables, *arguments)
+        if found < 0:
+            weight = torch.from_numpy(layout.dequantize(image.numpy()))
+            wide = None if bias is None else bias.float()
+            return torch.nn.functional.linear(x.float(), weight, wide).to(x.dtype)
+    return y
+
+
+_library.impl("cpu_linear", _cpu_linear, "CPU")
+
+
+@torch.library.register_fake("sfmp::cpu_linear", lib=_library)
+def _fake_linear(x, image, bias, rows, tile_columns, mode):
+    return x.new_empty((*x.shape[:-1], rows))

@@ -1,0 +1,92 @@
+"""Tables of the activations: gather by col_perm, then all 16 signed sums of every 4 columns.
+
+The work is per token and tile column: the columns of one tile, 32, 64 or 128. Integer entries share one step per tile
+column, largest |entry| / (127 or 32700), so an outlier costs precision only in its own columns.
+
+Activations that are not finite, or so large that a sum of the tile column may overflow, cannot be quantized: the
+builder reports them and the caller multiplies with the dequantized weight instead, so they propagate as in torch. A
+tile column whose |x| sums stay below 2^-100 counts as zero in the modes with integer entries.
+
+Source: CPU.md section 5 (table build).
+"""
+
+from __future__ import annotations
+
+from numba import types
+from numba.core.errors import RequireLiteralValue
+from numba.extending import intrinsic
+
+from kernels_numba.cpu.records import table_bytes
+from kernels_numba.cpu.simd import FLOAT, FLOATS, INTS, LANES, LONG, VECTOR, Simd
+
+_TOP = {"lut8": 127.0, "lut16": 32700.0}  # largest |entry|; 32700 leaves room for the rounding of the product
+_LARGEST, _SMALLEST = 2.0**120, 2.0**-100
+
+
+@intrinsic
+def build_tables(typing, mode, columns, x, indices, record):
+    """Write the table record of one token over the columns of a tile; return 0, or 1 if it cannot be done.
+
+    Parameters
+    ----------
+    mode, columns : literals
+    x, indices, record : int64
+        Addresses: float32 activations in natural order; int32 [columns], where each column is found in x; the record.
+    """
+    for literal in (mode, columns):
+        if not isinstance(literal, types.Literal):
+            raise RequireLiteralValue(literal)
+    fixed = mode.literal_value, columns.literal_value
+    signature = types.int64(mode, columns, types.int64, types.int64, types.int64)
+
+    def codegen(context, builder, signature, arguments):
+        return _build(Simd(builder), *fixed, *arguments[2:])
+
+    return signature, codegen
+
+
+def _build(v: Simd, mode, columns, x, indices, record):
+    b = v.builder
+    gathered = v.stack(4 * columns)
+    zero = v.constant(FLOATS, 0.0)
+    total, total_size, largest = zero, zero, zero
+    values = []
+    for part in range(0, 4 * columns, VECTOR):
+        value = v.gather(x, v.load(INTS, v.at(indices, part)))
+        values.append(value)
+        size = v.magnitude(value)
+        total, total_size = v.fadd(total, value), v.fadd(total_size, size)
+        largest = v.maximum(v.sum_of_four(size), largest)
+    largest = v.reduce_maximum(largest)
+    fine = b.fcmp_ordered("<", v.reduce_sum(total_size), FLOAT(_LARGEST))  # false for NaN too
+    step, scale = FLOAT(1.0), None
+    if mode != "exact":
+        normal = b.fcmp_ordered(">", largest, FLOAT(_SMALLEST))
+        step = b.select(normal, b.fmul(largest, FLOAT(1 / _TOP[mode])), FLOAT(0.0))
+        scale = b.select(normal, b.fdiv(FLOAT(_TOP[mode]), largest), FLOAT(0.0))
+        scale = v.splat(b.select(fine, scale, FLOAT(0.0)))
+    for part, value in enumerate(values):
+        v.store(v.at(gathered, VECTOR * part), v.fmul(value, scale) if scale else value)
+    signs = [v.constant(FLOATS, [1.0 if entry >> bit & 1 else -1.0 for entry in range(LANES)]) for bit in range(4)]
+    with v.loop(columns // 4) as table:
+        four = v.at(gathered, v.times(table, 4 * 4))
+        entries = v.fmul(v.load_splat(FLOAT, four), signs[0])
+        for bit in range(1, 4):
+            entries = v.fma(v.load_splat(FLOAT, v.at(four, 4 * bit)), signs[bit], entries)
+        _write(v, mode, columns, record, table, entries)
+    tail = v.at(record, table_bytes(columns, mode) - VECTOR)
+    v.store(tail, step, 4)
+    v.store(v.at(tail, 4), v.reduce_sum(total), 4)
+    return b.zext(b.not_(fine), LONG)
+
+
+def _write(v, mode, columns, record, table, entries):
+    """Entries of one table → memory, in the bytes of the mode."""
+    if mode == "exact":
+        v.store(v.at(record, v.times(table, VECTOR)), entries)
+        return
+    rounded, target = v.rounded(entries), v.at(record, v.times(table, LANES))
+    if mode == "lut16":
+        v.store_low_bytes(v.at(target, 4 * columns), rounded)
+        rounded = v.right(rounded, 8)
+    v.store_low_bytes(target, rounded)
