@@ -23,11 +23,11 @@ def _header(image):
 
 @given(st.integers(0, 1 << 30), st.fixed_dictionaries(SHAPES), st.integers(1, 5))
 @settings(max_examples=40)
-def test_image_gives_back_codes_scales_and_weight(seed, shape, threads):
+def test_image_gives_back_codes_and_scales(seed, shape, threads):
     case = affine_case(seed, **shape)
     packed = packed_case(seed, **shape)
     image = layout.make_image(packed, threads)
-    codes, levels, alpha, beta = layout.read_image(image)
+    codes, levels, alpha, beta = _read_image(image)
     rows = _permuted_rows(image, packed)
     real, cols = rows >= 0, shape["cols"]
     assert sorted(rows[real]) == list(range(shape["rows"]))
@@ -38,7 +38,43 @@ def test_image_gives_back_codes_scales_and_weight(seed, shape, threads):
         np.testing.assert_array_equal(found[real], stored.numpy()[groups[:, None], rows[real]].T)
     bits = case["bits"][rows[real] // shape["block_rows"]][:, groups]
     assert (levels[real] == (1 << bits.astype(int)) - 1).all()
-    np.testing.assert_array_equal(layout.dequantize(image), packed.dequantize().numpy())
+
+
+def _read_image(image):
+    """(codes, levels 2^b − 1, alpha, beta), each [tile rows, columns of tiles]: reads every byte of every tile."""
+    header = _header(image)
+    columns, tile_columns = int(header[layout.TILE_COLUMNS]), int(header[layout.COLUMN_TILES])
+    strips = image[header[layout.STRIP_TABLE] :][: 24 * header[layout.STRIPS]].view(np.int64).reshape(-1, 3)
+    bits = image[header[layout.BITS] :][: header[layout.STRIPS] * tile_columns].reshape(-1, tile_columns)
+    codes = np.zeros((int(header[layout.ROW_TILES]), 16, tile_columns, columns), np.uint8)
+    levels = np.zeros_like(codes)
+    alpha, beta = (np.zeros(codes.shape[:3], np.float16) for _ in range(2))
+    for (first, count, start), strip_bits in zip(strips.tolist(), bits.tolist(), strict=True):
+        for column, width in enumerate(strip_bits):
+            size = tile_bytes(columns, width)
+            tiles = image[start : start + count * size].reshape(count, size)
+            start += count * size
+            part = slice(first, first + count)
+            words = np.ascontiguousarray(tiles[:, :-64]).view(np.uint32)
+            words = _separate_nibbles(words).reshape(count, width, -1, 16).transpose(0, 3, 2, 1)
+            planes = np.unpackbits(np.ascontiguousarray(words)[..., None].view(np.uint8), axis=-1, bitorder="little")
+            weights = (1 << np.arange(width, dtype=np.uint8))[:, None]
+            codes[part, :, column] = (planes * weights).sum(axis=3, dtype=np.uint8).reshape(count, 16, -1)
+            levels[part, :, column] = (1 << width) - 1
+            alpha[part, :, column], beta[part, :, column] = np.ascontiguousarray(tiles[:, -64:]).view(
+                np.float16).reshape(count, 2, 16).swapaxes(0, 1)
+    wide = [np.broadcast_to(scale[..., None], codes.shape) for scale in (alpha, beta)]
+    return tuple(array.reshape(-1, tile_columns * columns) for array in (codes, levels, *wide))
+
+
+def _separate_nibbles(words):
+    """The inverse of `layout.interleave_nibbles`."""
+    return _bytes_to_nibbles(words & 0x0F0F0F0F) | _bytes_to_nibbles(words >> 4 & 0x0F0F0F0F) << 16
+
+
+def _bytes_to_nibbles(words):
+    words = (words | words >> 4) & 0x00FF00FF
+    return (words | words >> 8) & 0xFFFF
 
 
 def _permuted_rows(image, packed):
@@ -93,7 +129,7 @@ def test_nibbles_come_back(value):
     mixed = layout.interleave_nibbles(word)
     nibbles = [value >> 4 * i & 15 for i in range(8)]
     assert mixed.view(np.uint8).tolist() == [nibbles[j] | nibbles[4 + j] << 4 for j in range(4)]
-    assert layout.separate_nibbles(mixed)[0] == value
+    assert _separate_nibbles(mixed)[0] == value
 
 
 def test_pieces_of_memory_are_aligned_apart_and_given_back():

@@ -46,8 +46,8 @@ from kernels_numba.cpu.native import (
 from kernels_numba.cpu.records import VECTOR, table_bytes, tile_bytes
 from kernels_numba.cpu.tables import build_tables
 
-(CAPACITY, IMAGE, X, X_KIND, Y, Y_KIND, BIAS, BIAS_KIND, TOKENS, MODE, WIDENED, BUILT, MULTIPLIED, CHANGED, REFUSED,
- KEPT_COLUMNS, KEPT_TOKENS, KEPT_MODE) = range(18)
+(CAPACITY, IMAGE, X, X_KIND, Y, Y_KIND, BIAS, BIAS_KIND, TOKENS, WIDENED, BUILT, MULTIPLIED, CHANGED, REFUSED,
+ SLOTS, KEPT_COLUMNS, KEPT_BATCH, KEPT_MODE) = range(18)
 JOB_BYTES = 192
 BUILD_UNIT = 8  # tile columns
 SPREAD_BUILD = 1 << 14  # activations from which the tables are worth more than one thread
@@ -64,16 +64,16 @@ def _row_bytes(columns):
 
 
 @njit(error_model="numpy")
-def _job_bytes(columns, column_tiles, row_tiles, tokens, table_size):
-    """Bytes of a job."""
-    return JOB_BYTES + tokens * (_row_bytes(columns) + column_tiles * table_size + row_tiles * VECTOR)
+def _job_bytes(columns, column_tiles, row_tiles, slots, table_size):
+    """Bytes of a job with memory for `slots` tokens."""
+    return JOB_BYTES + slots * (_row_bytes(columns) + column_tiles * table_size + row_tiles * VECTOR)
 
 
 @functools.cache
 def source_hash() -> str:
     """Hash of the files that write machine code: Numba's cache knows only the file of the cached function itself."""
     folder = Path(__file__).parent
-    names = ("simd", "native", "records", "tables", "lut", "layout")
+    names = ("simd", "native", "records", "tables", "lut", "panel", "layout")
     return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()
 
 
@@ -115,7 +115,7 @@ def build_stage(mode: str, tile_columns: int):
         tokens, tiles = job[TOKENS], image[COLUMN_TILES]
         column_map = job[IMAGE] + image[COLUMN_MAP]
         row = _row_bytes(image[COLUMNS])
-        tables = address + JOB_BYTES + tokens * row
+        tables = address + JOB_BYTES + job[SLOTS] * row
         units = (tiles + BUILD_UNIT - 1) // BUILD_UNIT
         while True:
             unit = take_number(address + 8 * BUILT)
@@ -131,8 +131,8 @@ def build_stage(mode: str, tile_columns: int):
 
 
 @functools.cache
-def multiply_stage(mode: str, tile_columns: int):
-    """Tables and weight → y; units: strips."""
+def multiply_stage(mode: str, tile_columns: int, together: int = 1):
+    """Tables and weight → y; units: strips. `together` tokens share one pass over a block, while it is in L1."""
     version, record = source_hash(), table_bytes(tile_columns, mode)
     tile_base, tile_plane = tile_bytes(tile_columns, 0), tile_bytes(tile_columns, 1) - tile_bytes(tile_columns, 0)
 
@@ -142,7 +142,7 @@ def multiply_stage(mode: str, tile_columns: int):
         job = longs(address)
         image = longs(job[IMAGE])
         tokens, column_tiles = job[TOKENS], image[COLUMN_TILES]
-        tables = address + JOB_BYTES + tokens * _row_bytes(image[COLUMNS])
+        tables = address + JOB_BYTES + job[SLOTS] * _row_bytes(image[COLUMNS])
         table_step, sum_step = column_tiles * record, image[ROW_TILES] * VECTOR
         strips = longs(job[IMAGE] + image[STRIP_TABLE])
         bits = bytes_at(job[IMAGE] + image[BITS])
@@ -152,16 +152,17 @@ def multiply_stage(mode: str, tile_columns: int):
                 break
             first, count = strips[3 * strip], strips[3 * strip + 1]
             tiles = job[IMAGE] + strips[3 * strip + 2]
-            sums = tables + tokens * table_step + first * VECTOR
+            sums = tables + job[SLOTS] * table_step + first * VECTOR
             for token in range(tokens):
                 row = floats(sums + token * sum_step)
                 for i in range(count * TILE_ROWS):
                     row[i] = 0
             for column in range(column_tiles):
                 width = bits[strip * column_tiles + column]
-                for token in range(tokens):
-                    multiply_block(mode, tile_columns, 1, width, tiles, count,
-                                   tables + column * record + token * table_step, 0, sums + token * sum_step, 0)
+                for token in range(0, tokens, together):
+                    multiply_block(mode, tile_columns, together, width, tiles, count,
+                                   tables + column * record + token * table_step, table_step,
+                                   sums + token * sum_step, sum_step)
                 tiles += count * (tile_base + width * tile_plane)
             for token in range(tokens):
                 _finish(job, image, token, sums + token * sum_step, first * TILE_ROWS, count * TILE_ROWS)
@@ -190,14 +191,15 @@ def runner():
 
     @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
     def run(job_address, widening, building, multiplying, threads, mode, record, image_address, x, x_kind, y, y_kind,
-            bias, bias_kind, tokens):
+            bias, bias_kind, tokens, together):
         version  # noqa: B018 - a cell of the closure is part of the cache key
         job, image = longs(job_address), longs(image_address)
-        need = _job_bytes(image[COLUMNS], image[COLUMN_TILES], image[ROW_TILES], tokens, record)
+        slots = (tokens + together - 1) // together * together  # idle ones are computed from whatever is there
+        need = _job_bytes(image[COLUMNS], image[COLUMN_TILES], image[ROW_TILES], slots, record)
         if job[CAPACITY] < need:
             return need
         job[IMAGE], job[X], job[X_KIND], job[Y], job[Y_KIND] = image_address, x, x_kind, y, y_kind
-        job[BIAS], job[BIAS_KIND], job[TOKENS], job[MODE] = bias, bias_kind, tokens, mode
+        job[BIAS], job[BIAS_KIND], job[TOKENS], job[SLOTS] = bias, bias_kind, tokens, slots
         job[WIDENED], job[BUILT], job[MULTIPLIED], job[CHANGED], job[REFUSED] = 0, 0, 0, 0, 0
         builders = threads if tokens * image[COLUMNS] >= SPREAD_BUILD else 1
         if builders > 1 and tokens > 1:
@@ -205,9 +207,10 @@ def runner():
                 call_stage(widening, job_address)
         else:
             call_stage(widening, job_address)
-        kept = (job[KEPT_COLUMNS] == image[COLUMN_KEY] and job[KEPT_TOKENS] == tokens and job[KEPT_MODE] == mode)
+        batch = slots << 32 | tokens
+        kept = job[KEPT_COLUMNS] == image[COLUMN_KEY] and job[KEPT_BATCH] == batch and job[KEPT_MODE] == mode
         if job[CHANGED] != 0 or not kept:
-            job[KEPT_TOKENS] = 0
+            job[KEPT_BATCH] = 0
             if builders > 1:
                 for _ in prange(builders):
                     call_stage(building, job_address)
@@ -215,7 +218,7 @@ def runner():
                 call_stage(building, job_address)
             if job[REFUSED] != 0:
                 return -1
-            job[KEPT_COLUMNS], job[KEPT_TOKENS], job[KEPT_MODE] = image[COLUMN_KEY], tokens, mode
+            job[KEPT_COLUMNS], job[KEPT_BATCH], job[KEPT_MODE] = image[COLUMN_KEY], batch, mode
         if threads > 1:
             for _ in prange(threads):
                 call_stage(multiplying, job_address)

@@ -145,54 +145,9 @@ def _nibbles_to_bytes(words):
     return (words | words << 4) & 0x0F0F0F0F
 
 
-def read_image(image: np.ndarray):
-    """Return (codes uint8, levels uint8, alpha, beta float16), each [tile rows, tile columns · width] as in the image.
-
-    The inverse of `make_image`: every byte of every tile is read. levels is 2^b − 1 of each weight.
-    """
+def mean_bits(image: np.ndarray) -> float:
+    """Mean bit-width of the tiles, padding included."""
     header = image[: 8 * HEADER].view(np.int64)
-    columns, tile_columns = int(header[TILE_COLUMNS]), int(header[COLUMN_TILES])
-    strips = image[header[STRIP_TABLE] :][: 24 * header[STRIPS]].view(np.int64).reshape(-1, 3)
-    bits = image[header[BITS] :][: header[STRIPS] * tile_columns].reshape(-1, tile_columns)
-    codes = np.zeros((int(header[ROW_TILES]), TILE_ROWS, tile_columns, columns), np.uint8)
-    levels = np.zeros_like(codes)
-    alpha, beta = (np.zeros(codes.shape[:3], np.float16) for _ in range(2))
-    for (first, count, start), strip_bits in zip(strips.tolist(), bits.tolist(), strict=True):
-        for column, width in enumerate(strip_bits):
-            size = tile_bytes(columns, width)
-            tiles = image[start : start + count * size].reshape(count, size)
-            start += count * size
-            part = slice(first, first + count)
-            words = np.ascontiguousarray(tiles[:, :-VECTOR]).view(np.uint32)
-            words = separate_nibbles(words).reshape(count, width, -1, TILE_ROWS).transpose(0, 3, 2, 1)
-            planes = np.unpackbits(np.ascontiguousarray(words)[..., None].view(np.uint8), axis=-1, bitorder="little")
-            weights = (1 << np.arange(width, dtype=np.uint8))[:, None]
-            codes[part, :, column] = (planes * weights).sum(axis=3, dtype=np.uint8).reshape(count, TILE_ROWS, -1)
-            levels[part, :, column] = (1 << width) - 1
-            alpha[part, :, column], beta[part, :, column] = np.ascontiguousarray(tiles[:, -VECTOR:]).view(
-                np.float16).reshape(count, 2, TILE_ROWS).swapaxes(0, 1)
-    wide = [np.broadcast_to(scale[..., None], codes.shape) for scale in (alpha, beta)]
-    return tuple(array.reshape(-1, tile_columns * columns) for array in (codes, levels, *wide))
-
-
-def dequantize(image: np.ndarray) -> np.ndarray:
-    """Return W, float32 [N, K] in natural order: the same bits as ``PackedMatrix.dequantize``."""
-    header = image[: 8 * HEADER].view(np.int64)
-    codes, levels, alpha, beta = (array.astype(np.float32) for array in read_image(image))
-    tiles = alpha * (2 * codes - levels) + beta
-    row_map = image[header[ROW_MAP] :][: 4 * len(tiles)].view(np.int32)
-    column_map = image[header[COLUMN_MAP] :][: 4 * tiles.shape[1]].view(np.int32)
-    weight = np.empty((int(header[ROWS]), int(header[COLUMNS]) + 1), np.float32)  # padded columns share the last
-    for row in np.flatnonzero(row_map >= 0):
-        weight[row_map[row], column_map] = tiles[row]
-    return weight[:, :-1]
-
-
-def separate_nibbles(words: np.ndarray) -> np.ndarray:
-    """The inverse of `interleave_nibbles`."""
-    return _bytes_to_nibbles(words & 0x0F0F0F0F) | _bytes_to_nibbles(words >> 4 & 0x0F0F0F0F) << 16
-
-
-def _bytes_to_nibbles(words):
-    words = (words | words >> 4) & 0x00FF00FF
-    return (words | words >> 8) & 0xFFFF
+    start = image[header[STRIP_TABLE] + 16 :][:8].view(np.int64)[0]
+    tiles, plane = header[ROW_TILES] * header[COLUMN_TILES], tile_bytes(int(header[TILE_COLUMNS]), 1) - VECTOR
+    return float((header[SIZE] - start - tiles * VECTOR) / (tiles * plane))

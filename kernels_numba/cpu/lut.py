@@ -18,6 +18,8 @@ alpha is half the scale.
 
 from __future__ import annotations
 
+import functools
+
 from numba import types
 from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
@@ -116,47 +118,54 @@ class _Kernel:
 
 
 class _Bytes(_Kernel):
-    """int8 entries: vpermb, then vpdpbusd with the constant 2^plane. Several chains hide the latency of vpdpbusd."""
+    """int8 entries: vpermb, then vpdpbusd with the constant 2^plane.
+
+    One token sums the two halves of a word in chains of their own, to hide the latency of vpdpbusd; more tokens are
+    chains enough.
+    """
 
     mode = "lut8"
-    chains = 2
+    parts = 1  # bytes of an entry
 
     def multiply(self, tile):
         v = self.v
         offsets = v.constant(BYTES, [16 * (byte % 4) for byte in range(VECTOR)])  # byte j of a word reads table j
-        totals = [[v.constant(INTS, 0)] * self.chains for _ in range(self.tokens)]
+        self.chains = 2 if self.tokens == 1 else 1
+        zero = v.constant(INTS, 0)
+        totals = [[[zero] * self.chains for _ in range(self.parts)] for _ in range(self.tokens)]
         for plane in range(self.bits):
             for word in range(self.words):
                 line = v.load(BYTES, v.at(tile, (plane * self.words + word) * VECTOR))
                 for half, index in enumerate(v.nibbles(line, offsets)):
                     for token in range(self.tokens):
-                        self.take(totals[token], half, plane, token, 2 * word + half, index)
+                        self.take(totals[token], half % self.chains, plane, token, 2 * word + half, index)
         return [v.to_floats(self.total(parts)) for parts in totals]
 
-    def take(self, parts, half, plane, token, table, index):
+    def take(self, parts, chain, plane, token, table, index):
         weight = self.v.constant(BYTES, 1 << plane)  # 128 is an unsigned byte too
-        parts[half] = self.v.dot(parts[half], weight, self.v.lookup_bytes(self.table(token, table), index))
+        found = self.v.lookup_bytes(self.table(token, table), index)
+        parts[0][chain] = self.v.dot(parts[0][chain], weight, found)
 
     def total(self, parts):
-        return self.v.add(*parts)
+        return functools.reduce(self.v.add, parts[0])
 
 
 class _Shorts(_Bytes):
     """int16 entries as a high and a low byte; the low bytes are the unsigned operand of vpdpbusd."""
 
     mode = "lut16"
-    chains = 4
+    parts = 2
 
-    def take(self, parts, half, plane, token, table, index):
+    def take(self, parts, chain, plane, token, table, index):
         v, low_tables = self.v, 2 * self.words
         high, low = (v.lookup_bytes(self.table(token, table + start), index) for start in (0, low_tables))
-        parts[half] = v.dot(parts[half], v.constant(BYTES, 1 << plane), high)
+        parts[0][chain] = v.dot(parts[0][chain], v.constant(BYTES, 1 << plane), high)
         # 2^7 is no signed byte: the low bytes of the top plane of 8 bits are taken twice with 2^6
         for _ in range(2 if plane == 7 else 1):
-            parts[2 + half] = v.dot(parts[2 + half], low, v.constant(BYTES, 1 << min(plane, 6)))
+            parts[1][chain] = v.dot(parts[1][chain], low, v.constant(BYTES, 1 << min(plane, 6)))
 
     def total(self, parts):
-        high, low = (self.v.add(*parts[start:][:2]) for start in (0, 2))
+        high, low = (functools.reduce(self.v.add, chains) for chains in parts)
         return self.v.add(self.v.left(high, 8), low)
 
 

@@ -4,7 +4,7 @@
 that are contiguous, bfloat16 and float16 read and written by the kernels themselves. float64 is computed in float32.
 
 Activations that are NaN, infinite or beyond 2^120 have no tables. All tokens of such a call are multiplied with the
-dequantized weight by torch, slowly, so the result has its NaN and infinities where torch has them.
+dequantized weight by torch, so the result has its NaN and infinities where torch has them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import threading
 import numpy as np
 import torch
 
-from kernels_numba.cpu import arena, drive, layout, targets, threads
+from kernels_numba.cpu import arena, drive, launch, layout, panel, targets, threads
 from kernels_numba.cpu.native import BFLOAT16, FLOAT16, FLOAT32
-from kernels_numba.cpu.records import MODES, table_bytes
+from kernels_numba.cpu.records import MODES, TOKENS, table_bytes
 from sfmp.checks import SfmpError
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-TOKENS = 64  # of one run; bounds the memory of the tables
+RUN_TOKENS = 64  # bounds the memory of the tables
 _FIRST_JOB = 1 << 20
 
 _library = torch.library.Library("sfmp", "DEF")
@@ -99,9 +99,9 @@ class _Product(torch.autograd.Function):
 
 
 @functools.cache
-def _kernels(mode: str, columns: int):
-    """(addresses of the stages), (mode and record of the tables), compiled or from Numba's cache."""
-    stages = drive.widen_stage(), drive.build_stage(mode, columns), drive.multiply_stage(mode, columns)
+def _kernels(mode: str, columns: int, together: int):
+    """`run`, the addresses of its stages, mode and record of the tables: compiled, or from Numba's cache."""
+    stages = drive.widen_stage(), drive.build_stage(mode, columns), drive.multiply_stage(mode, columns, together)
     return drive.runner(), stages, (MODES.index(mode), table_bytes(columns, mode))
 
 
@@ -115,29 +115,51 @@ def _job(size: int) -> int:
     return _local.address
 
 
+def _through_panels(x, image, bias, count, rounded):
+    return panel.multiply(x.reshape(-1, x.shape[-1]), image.numpy(), bias, count, rounded, _panel_memory)
+
+
+def _panel_memory(size: int) -> np.ndarray:
+    """This thread's memory for a panel, of at least `size` bytes."""
+    held = getattr(_local, "panel", None)
+    if held is None or len(held) < size:
+        held = _local.panel = arena.mapping(size)
+    return held
+
+
 def _cpu_linear(x, image, bias, rows, tile_columns, mode):
-    run, stages, tables = _kernels(mode, tile_columns)
     x = x.contiguous()
     columns = x.shape[-1]
     y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
     if bias is not None:
         bias = (bias.float() if bias.dtype not in KINDS else bias).contiguous()
     bias_at = (0, 0) if bias is None else (bias.data_ptr(), KINDS[bias.dtype])
-    kind, size = KINDS[x.dtype], x.element_size()
+    kind, size, weight = KINDS[x.dtype], x.element_size(), image.data_ptr()
     count, job = threads.count(), _job(0)
-    total = x.numel() // columns
-    for start in range(0, total, TOKENS):
-        arguments = (image.data_ptr(), x.data_ptr() + start * columns * size, kind, y.data_ptr() + start * rows * size,
-                     kind, *bias_at, min(TOKENS, total - start))
+    start, total = 0, x.numel() // columns
+    if total >= launch.least_crossover(mode) and total >= launch.crossover(mode, layout.mean_bits(image.numpy())):
+        return _through_panels(x, image, bias, count, mode == "lut8").view_as(y)
+    while start < total:
+        tokens, together = _portion(total - start, mode)
+        run, stages, tables = _kernels(mode, tile_columns, together)
+        arguments = (weight, x.data_ptr() + start * columns * size, kind, y.data_ptr() + start * rows * size, kind,
+                     *bias_at, tokens, together)
         found = run(job, *stages, count, *tables, *arguments)
         if found > 0:
             job = _job(found)
             found = run(job, *stages, count, *tables, *arguments)
         if found < 0:
-            weight = torch.from_numpy(layout.dequantize(image.numpy()))
-            wide = None if bias is None else bias.float()
-            return torch.nn.functional.linear(x.float(), weight, wide).to(x.dtype)
+            return _through_panels(x, image, bias, count, False).view_as(y)
+        start += tokens
     return y
+
+
+def _portion(left: int, mode: str) -> tuple[int, int]:
+    """(tokens of the next run, tokens that share a pass): whole passes first, then the rest."""
+    together = TOKENS[mode]
+    if left >= together:
+        return min(left, RUN_TOKENS) // together * together, together
+    return left, together if left > launch.singles(mode) else 1
 
 
 _library.impl("cpu_linear", _cpu_linear, "CPU")

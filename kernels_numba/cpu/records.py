@@ -10,6 +10,7 @@ from __future__ import annotations
 WORD_COLUMNS = 32  # columns of one plane word, and of one vector of planes
 VECTOR = 64  # bytes
 MODES = ("lut16", "lut8", "exact")  # the default first
+TOKENS = {"lut16": 4, "lut8": 8, "exact": 4}  # that share the index vectors in one kernel
 _ENTRY_BYTES = {"lut16": 2, "lut8": 1, "exact": 4}
 
 

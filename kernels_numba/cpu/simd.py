@@ -144,6 +144,18 @@ class Simd:
     def fmul(self, x, y):
         return self.builder.fmul(x, y)
 
+    def add_where(self, mask, x, y):
+        """x + y in the lanes whose bit of the int16 mask is set, x in the others (vaddps{k})."""
+        lanes = self.builder.bitcast(mask, ir.VectorType(BIT, LANES))
+        return self.builder.select(lanes, self.fadd(x, y), x)
+
+    def to_bfloats(self, x):
+        """16 finite float32 → 16 bfloat16 as int16, to nearest even."""
+        b, bits = self.builder, self.as_ints(x)
+        odd = b.and_(self.right(bits, 16), self.constant(INTS, 1))
+        rounded = self.right(b.add(bits, b.add(odd, self.constant(INTS, 0x7FFF))), 16)
+        return b.trunc(rounded, ir.VectorType(SHORT, LANES))
+
     def maximum(self, x, y):
         return self.builder.select(self.builder.fcmp_ordered(">", x, y), x, y)
 

@@ -1,0 +1,42 @@
+"""What was measured once for a processor: from how many tokens on a panel for torch beats the tables.
+
+The numbers are data, ``launch.json`` beside this file; ``python -m kernels_numba.cpu.tune`` measures them again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+
+PATH = Path(__file__).with_name("launch.json")
+
+
+@functools.cache
+def table() -> dict:
+    return json.loads(PATH.read_text())
+
+
+def singles(mode: str) -> int:
+    """Up to so many tokens are multiplied one by one: faster than one pass for several tokens."""
+    return table()["modes"][mode]["singles"]
+
+
+def crossover(mode: str, bits: float) -> float:
+    """Tokens from which dequantized panels are faster, for a matrix of `bits` mean bits; interpolated by bits.
+
+    Examples
+    --------
+    >>> crossover("lut8", 2) > 2
+    True
+    """
+    measured = table()["modes"][mode]["crossover"]
+    widths = sorted(map(int, measured))
+    return float(np.interp(bits, widths, [measured[str(width)] for width in widths]))
+
+
+@functools.cache
+def least_crossover(mode: str) -> float:
+    return min(table()["modes"][mode]["crossover"].values())
