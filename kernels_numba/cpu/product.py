@@ -115,10 +115,6 @@ def _job(size: int) -> int:
     return _local.address
 
 
-def _through_panels(x, image, bias, count, rounded):
-    return panel.multiply(x.reshape(-1, x.shape[-1]), image.numpy(), bias, count, rounded, _panel_memory)
-
-
 def _panel_memory(size: int) -> np.ndarray:
     """This thread's memory for a panel, of at least `size` bytes."""
     held = getattr(_local, "panel", None)
@@ -127,8 +123,8 @@ def _panel_memory(size: int) -> np.ndarray:
     return held
 
 
-def _cpu_linear(x, image, bias, rows, tile_columns, mode):
-    x = x.contiguous()
+def through_tables(x, image, bias, rows: int, tile_columns: int, mode: str, together: int | None = None):
+    """Return x Wᵀ + bias by look-ups; `together` tokens share a pass, by the launch table if None."""
     columns = x.shape[-1]
     y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
     if bias is not None:
@@ -137,19 +133,17 @@ def _cpu_linear(x, image, bias, rows, tile_columns, mode):
     kind, size, weight = KINDS[x.dtype], x.element_size(), image.data_ptr()
     count, job = threads.count(), _job(0)
     start, total = 0, x.numel() // columns
-    if total >= launch.least_crossover(mode) and total >= launch.crossover(mode, layout.mean_bits(image.numpy())):
-        return _through_panels(x, image, bias, count, mode == "lut8").view_as(y)
     while start < total:
-        tokens, together = _portion(total - start, mode)
-        run, stages, tables = _kernels(mode, tile_columns, together)
+        tokens, shared = _portion(total - start, mode) if together is None else (total, together)
+        run, stages, tables = _kernels(mode, tile_columns, shared)
         arguments = (weight, x.data_ptr() + start * columns * size, kind, y.data_ptr() + start * rows * size, kind,
-                     *bias_at, tokens, together)
+                     *bias_at, tokens, shared)
         found = run(job, *stages, count, *tables, *arguments)
         if found > 0:
             job = _job(found)
             found = run(job, *stages, count, *tables, *arguments)
         if found < 0:
-            return _through_panels(x, image, bias, count, False).view_as(y)
+            return through_panels(x, image, bias, rounded=False)
         start += tokens
     return y
 
@@ -160,6 +154,20 @@ def _portion(left: int, mode: str) -> tuple[int, int]:
     if left >= together:
         return min(left, RUN_TOKENS) // together * together, together
     return left, together if left > launch.singles(mode) else 1
+
+
+def through_panels(x, image, bias, rounded: bool):
+    """Return x Wᵀ + bias by dequantizing panels; rounded to bfloat16 if that is asked for and fast here."""
+    y = panel.multiply(x.reshape(-1, x.shape[-1]), image.numpy(), bias, threads.count(), rounded, _panel_memory)
+    return y.view(*x.shape[:-1], -1)
+
+
+def _cpu_linear(x, image, bias, rows, tile_columns, mode):
+    x = x.contiguous()
+    tokens = x.numel() // x.shape[-1]
+    if tokens >= launch.least_crossover(mode) and tokens >= launch.crossover(mode, layout.mean_bits(image.numpy())):
+        return through_panels(x, image, bias, rounded=mode == "lut8")
+    return through_tables(x, image, bias, rows, tile_columns, mode)
 
 
 _library.impl("cpu_linear", _cpu_linear, "CPU")
