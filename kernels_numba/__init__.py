@@ -59,7 +59,7 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
     from sfmp.checks import SfmpError
     from sfmp.packed import PackedMatrix
 
-    packed = getattr(packed, "packed", packed)
+    requested, packed = (backend, mode), getattr(packed, "packed", packed)
     if not isinstance(packed, PackedMatrix):
         raise SfmpError(f"packed: expected a PackedMatrix or an SFMPLinear, found {type(packed).__name__}; "
                         "see sfmp.pack.pack")
@@ -78,7 +78,9 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
     if backend == "cpu":
         from kernels_numba.cpu import product
 
-        return product.matmul(x, packed, mode)
+        y = product.matmul(x, packed, mode)
+        packed.cache["ready"] = requested, product.weight(packed), product.choose_mode(mode)
+        return y
     from kernels_numba import reference
 
     return reference.matmul(x, packed, mode or "exact")

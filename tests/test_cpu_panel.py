@@ -19,7 +19,7 @@ def _x(*shape, seed=0):
 
 
 def _through_panels(x, packed, threads=1, rounded=False):
-    image = product.image(packed).numpy()
+    image = product.weight(packed).image.numpy()
     return panel.multiply(x, image, packed.bias, threads, rounded, lambda size: np.zeros(size, np.uint8))
 
 
@@ -28,7 +28,7 @@ def _through_panels(x, packed, threads=1, rounded=False):
 @settings(max_examples=20)
 def test_panels_hold_the_dequantized_weight(seed, rows, cols, group_size, block_rows, panel_rows):
     packed = packed_case(seed, rows=rows, cols=cols, group_size=group_size, block_rows=block_rows)
-    image = product.image(packed).numpy()
+    image = product.weight(packed).image.numpy()
     covered = [strip for first, last, *_ in panel.strips_of_panels(image, panel_rows) for strip in range(first, last)]
     assert covered == list(range(image[: 8 * layout.HEADER].view(np.int64)[layout.STRIPS]))
     assert torch.equal(_through_panels(torch.eye(cols), packed).T, packed.dequantize())
@@ -48,7 +48,7 @@ def test_several_panels_threads_and_bias(monkeypatch):
     expected = x.double() @ packed.dequantize().double().T + packed.bias
     assert float((whole - expected).norm() / expected.norm()) < 1e-6
     monkeypatch.setattr(panel, "PANEL_ROWS", 64)
-    assert len(panel.strips_of_panels(product.image(packed).numpy(), 64)) > 5
+    assert len(panel.strips_of_panels(product.weight(packed).image.numpy(), 64)) > 5
     for threads in (1, 2):
         torch.testing.assert_close(_through_panels(x, packed, threads), whole)
 
@@ -84,7 +84,7 @@ def test_activations_that_are_not_finite_pass_through_panels_as_in_torch(monkeyp
 
 def test_mean_bits_of_an_image():
     packed = packed_case(0, rows=160, cols=512, group_size=128, block_rows=32)
-    assert layout.mean_bits(product.image(packed).numpy()) == pytest.approx(packed.wbits)
+    assert layout.mean_bits(product.weight(packed).image.numpy()) == pytest.approx(packed.wbits)
 
 
 def test_launch_table_is_complete_and_interpolated(monkeypatch):

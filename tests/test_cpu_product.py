@@ -235,7 +235,8 @@ def test_gradient_flows_to_the_input():
 
 def test_operator_is_registered_as_torch_expects():
     packed = packed_case(0, bias=True)
-    arguments = (_x(2, 100), product.image(packed), packed.bias, 40, product.tile_columns(packed), MODES[0])
+    weight = product.weight(packed)
+    arguments = (_x(2, 100), weight.image, packed.bias, 40, weight.tile_columns, MODES[0])
     torch.library.opcheck(torch.ops.sfmp.cpu_linear.default, arguments)
     with torch.device("meta"):
         shape = torch.ops.sfmp.cpu_linear(torch.empty(5, 1, 100), torch.empty(9), None, 40, 32, MODES[0]).shape

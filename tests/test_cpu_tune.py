@@ -48,7 +48,7 @@ def test_measured_table_drives_the_products(tmp_path, monkeypatch):
     packed = tune._random(128, 256, 2)
     try:
         for tokens in (1, 4, 16, 17):
-            product._cpu_linear(torch.zeros(tokens, 256), product.image(packed), None, 128, 128, MODES[0])
+            product._cpu_linear(torch.zeros(tokens, 256), product.weight(packed).image, None, 128, 128, MODES[0])
         assert chosen == [n for n in (1, 4, 16, 17) if n >= table["modes"][MODES[0]]["crossover"]["2"]]
     finally:
         for functions in (launch.table, launch.least_crossover):

@@ -9,6 +9,7 @@ dequantized weight by torch, so the result has its NaN and infinities where torc
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 
@@ -43,7 +44,7 @@ def matmul(x, packed, mode: str | None = None):
         if x.dtype.kind != "f":
             raise _wrong_x(x, packed)
         return matmul(torch.from_numpy(np.require(x, requirements="CW")), packed, mode).numpy()
-    rows, columns = packed.shape
+    columns = packed.shape[1]
     if x.ndim == 0 or x.shape[-1] != columns or x.dtype not in (*KINDS, torch.float64):
         raise _wrong_x(x, packed)
     for name, tensor in (("x", x), ("packed", packed)):
@@ -53,8 +54,7 @@ def matmul(x, packed, mode: str | None = None):
     if x.requires_grad and torch.is_grad_enabled():
         return _Product.apply(x, packed, mode)
     wide = x.float() if x.dtype == torch.float64 else x
-    y = torch.ops.sfmp.cpu_linear(wide, image(packed), packed.bias, rows, tile_columns(packed), _mode(mode))
-    return y.to(x.dtype)
+    return weight(packed).multiply(wide, packed.bias, choose_mode(mode)).to(x.dtype)
 
 
 def _wrong_x(x, packed):
@@ -62,20 +62,45 @@ def _wrong_x(x, packed):
                      "in_features")
 
 
-def image(packed) -> torch.Tensor:
-    """The repacked weight, uint8 [bytes], made at the first call and kept in ``packed.cache``."""
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A repacked matrix, and its product with activations that need no checks and no gradient.
+
+    Attributes
+    ----------
+    image : uint8 [bytes]
+    rows, columns : N, K
+    tile_columns : columns of a tile
+    """
+
+    image: torch.Tensor
+    rows: int
+    columns: int
+    tile_columns: int
+
+    def takes(self, x) -> bool:
+        """Whether `multiply` may be called: a CPU tensor of a kind the kernels read, that needs no gradient."""
+        return (x.is_cpu and x.dtype in KINDS and x.shape[-1] == self.columns
+                and not (x.requires_grad and torch.is_grad_enabled()))
+
+    def multiply(self, x, bias, mode: str):
+        """Return x Wᵀ + bias; mode as `choose_mode` gives it."""
+        return _operator(x, self.image, bias, self.rows, self.tile_columns, mode)
+
+
+def weight(packed) -> Weight:
+    """The repacked weight, made at the first call and kept in ``packed.cache``."""
     found = packed.cache.get("cpu")
     if found is None:
         with torch.inference_mode(False):
-            found = packed.cache["cpu"] = torch.from_numpy(layout.make_image(packed))
+            image = torch.from_numpy(layout.make_image(packed))
+        found = Weight(image, *packed.shape, int(np.gcd(packed.group_size, 128)))
+        packed.cache["cpu"] = found
     return found
 
 
-def tile_columns(packed) -> int:
-    return int(np.gcd(packed.group_size, 128))
-
-
-def _mode(mode):
+def choose_mode(mode: str | None) -> str:
+    """Return the mode, or the target's default for None."""
     target, why = targets.detect()
     modes = targets.MODES.get(target, ())
     if not modes:
@@ -101,6 +126,7 @@ class _Product(torch.autograd.Function):
 @functools.cache
 def _kernels(mode: str, columns: int, together: int):
     """`run`, the addresses of its stages, mode and record of the tables: compiled, or from Numba's cache."""
+    threads.choose_layer()
     stages = drive.widen_stage(), drive.build_stage(mode, columns), drive.multiply_stage(mode, columns, together)
     return drive.runner(), stages, (MODES.index(mode), table_bytes(columns, mode))
 
@@ -125,8 +151,8 @@ def _panel_memory(size: int) -> np.ndarray:
 
 def through_tables(x, image, bias, rows: int, tile_columns: int, mode: str, together: int | None = None):
     """Return x Wᵀ + bias by look-ups; `together` tokens share a pass, by the launch table if None."""
-    columns = x.shape[-1]
-    y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    *leading, columns = x.shape
+    y = x.new_empty((*leading, rows))
     if bias is not None:
         bias = (bias.float() if bias.dtype not in KINDS else bias).contiguous()
     bias_at = (0, 0) if bias is None else (bias.data_ptr(), KINDS[bias.dtype])
@@ -171,6 +197,7 @@ def _cpu_linear(x, image, bias, rows, tile_columns, mode):
 
 
 _library.impl("cpu_linear", _cpu_linear, "CPU")
+_operator = torch.ops.sfmp.cpu_linear.default
 
 
 @torch.library.register_fake("sfmp::cpu_linear", lib=_library)

@@ -11,35 +11,31 @@ from __future__ import annotations
 import functools
 import os
 
-_owner = os.getpid()
+import torch
+from numba import config
+
 _forked = False
+
+
+def count() -> int:
+    """Threads of the next product."""
+    return 1 if _forked else min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+
+
+@functools.cache
+def choose_layer() -> str:
+    """Ask Numba for OpenMP unless the user chose a layer or no OpenMP runtime is found; return what is asked for."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_mark_forked)
+    if config.THREADING_LAYER == "default":
+        try:
+            from numba.np.ufunc import omppool  # noqa: F401 - loads the runtime
+        except ImportError:
+            return "default"
+        config.THREADING_LAYER = "omp"
+    return config.THREADING_LAYER
 
 
 def _mark_forked():
     global _forked
     _forked = True
-
-
-@functools.cache
-def layer() -> str:
-    """Choose OpenMP unless the user chose a layer or libgomp is missing; return what Numba will be asked for."""
-    from numba import config
-
-    if config.THREADING_LAYER == "default":
-        try:
-            from numba.np.ufunc import omppool  # noqa: F401 - loads libgomp
-        except ImportError:
-            return "default (no OpenMP runtime found)"
-        config.THREADING_LAYER = "omp"
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_mark_forked)
-    return config.THREADING_LAYER
-
-
-def count() -> int:
-    """Threads of the next product."""
-    import torch
-    from numba import config
-
-    layer()
-    return 1 if _forked else min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)

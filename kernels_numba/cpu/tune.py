@@ -59,17 +59,17 @@ def _least(*functions) -> list[float]:
 
 def _tables(mode, packed, tokens, together):
     """One product through tables, with activations that are new each time."""
-    x, image = torch.randn(tokens, packed.shape[1]), product.image(packed)
+    x, image = torch.randn(tokens, packed.shape[1]), product.weight(packed).image
 
     def multiply():
         x.neg_()  # new tables each time
-        product.through_tables(x, image, None, packed.shape[0], product.tile_columns(packed), mode, together)
+        product.through_tables(x, image, None, packed.shape[0], product.weight(packed).tile_columns, mode, together)
 
     return multiply
 
 
 def _panels(mode, packed, tokens):
-    x, image = torch.randn(tokens, packed.shape[1]), product.image(packed)
+    x, image = torch.randn(tokens, packed.shape[1]), product.weight(packed).image
     return lambda: product.through_panels(x, image, None, mode == "lut8")
 
 
