@@ -57,6 +57,37 @@ def take_number(typing, address):
 
 
 @intrinsic
+def add_number(typing, address):
+    """Add 1 to the int64 at an address, atomically, after all stores before it have become visible."""
+
+    def codegen(context, builder, signature, arguments):
+        builder.atomic_rmw("add", builder.inttoptr(arguments[0], ir.PointerType(LONG)), LONG(1), "acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def wait_for(typing, address, value):
+    """Wait until the int64 at an address is `value`; what other threads stored before that is then visible."""
+
+    def codegen(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.PointerType(LONG))
+        check, pause, end = (builder.append_basic_block(name) for name in ("check", "pause", "arrived"))
+        builder.branch(check)
+        builder.position_at_end(check)
+        found = builder.load_atomic(pointer, "acquire", 8)
+        builder.cbranch(builder.icmp_signed("==", found, arguments[1]), end, pause)
+        builder.position_at_end(pause)
+        Simd(builder).pause()
+        builder.branch(check)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
 def call_stage(typing, stage, job):
     """Call the C function void(int64) at an address."""
 

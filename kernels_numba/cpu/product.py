@@ -125,10 +125,9 @@ class _Product(torch.autograd.Function):
 
 @functools.cache
 def _kernels(mode: str, columns: int, together: int):
-    """`run`, the addresses of its stages, mode and record of the tables: compiled, or from Numba's cache."""
+    """`run`, the address of its worker, mode and record of the tables: compiled, or from Numba's cache."""
     threads.choose_layer()
-    stages = drive.widen_stage(), drive.build_stage(mode, columns), drive.multiply_stage(mode, columns, together)
-    return drive.runner(), stages, (MODES.index(mode), table_bytes(columns, mode))
+    return drive.runner(), drive.worker(mode, columns, together), (MODES.index(mode), table_bytes(columns, mode))
 
 
 def _job(size: int) -> int:
@@ -161,13 +160,13 @@ def through_tables(x, image, bias, rows: int, tile_columns: int, mode: str, toge
     start, total = 0, x.numel() // columns
     while start < total:
         tokens, shared = _portion(total - start, mode) if together is None else (total, together)
-        run, stages, tables = _kernels(mode, tile_columns, shared)
+        run, work, tables = _kernels(mode, tile_columns, shared)
         arguments = (weight, x.data_ptr() + start * columns * size, kind, y.data_ptr() + start * rows * size, kind,
                      *bias_at, tokens, shared)
-        found = run(job, *stages, count, *tables, *arguments)
+        found = run(job, work, count, *tables, *arguments)
         if found > 0:
             job = _job(found)
-            found = run(job, *stages, count, *tables, *arguments)
+            found = run(job, work, count, *tables, *arguments)
         if found < 0:
             return through_panels(x, image, bias, rounded=False)
         start += tokens

@@ -74,6 +74,10 @@ class Simd:
         slot.align = VECTOR
         return self.builder.ptrtoint(slot, LONG)
 
+    def pause(self):
+        """Tell the processor that this is a loop that waits."""
+        self._call("llvm.x86.sse2.pause", ir.VoidType(), [])
+
     # Making vectors
 
     @staticmethod

@@ -14,12 +14,13 @@ import os
 import torch
 from numba import config
 
+MAX_THREADS = 480  # whose counters a job has room for
 _forked = False
 
 
 def count() -> int:
     """Threads of the next product."""
-    return 1 if _forked else min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+    return 1 if _forked else min(torch.get_num_threads(), config.NUMBA_NUM_THREADS, MAX_THREADS)
 
 
 @functools.cache
