@@ -23,6 +23,7 @@ from pathlib import Path
 
 from numba import cfunc, njit, prange, types
 
+from kernels_numba.cpu import launch
 from kernels_numba.cpu.layout import (
     BITS,
     COLUMN_KEY,
@@ -58,7 +59,6 @@ from kernels_numba.cpu.threads import MAX_THREADS
 (CAPACITY, IMAGE, X, X_KIND, Y, Y_KIND, BIAS, BIAS_KIND, TOKENS, SLOTS, THREADS, ARRIVED, WIDENING, WIDENED, BUILDING,
  BUILT, CHANGED, KEPT, REFUSED, KEPT_COLUMNS, KEPT_BATCH, KEPT_MODE) = range(22)
 RANGES = 32  # first of the words that count the strips taken from each thread's range
-
 JOB_BYTES = 8 * (RANGES + MAX_THREADS)
 BUILD_UNIT = 4  # tile columns
 LANES = 16
@@ -72,10 +72,11 @@ def _row_bytes(columns):
 
 @functools.cache
 def source_hash() -> str:
-    """Hash of the files that write machine code: Numba's cache knows only the file of the cached function itself."""
+    """Hash of what machine code is written from: Numba's cache knows only the file of the cached function itself."""
     folder = Path(__file__).parent
     names = ("simd", "native", "records", "tables", "lut", "panel", "layout")
-    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()
+    sources = [(folder / f"{name}.py").read_bytes() for name in names]
+    return hashlib.sha256(b"".join([*sources, repr(launch.prefetch()).encode()])).hexdigest()
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What was measured once for a processor: from how many tokens on a panel for torch beats the tables.
+"""What was measured once for a processor: how far to prefetch, from how many tokens on panels beat the tables.
 
 The numbers are data, ``launch.json`` beside this file; ``python -m kernels_numba.cpu.tune`` measures them again.
 """
@@ -17,6 +17,12 @@ PATH = Path(__file__).with_name("launch.json")
 @functools.cache
 def table() -> dict:
     return json.loads(PATH.read_text())
+
+
+def prefetch() -> tuple[int, int]:
+    """(bytes ahead of the tile in work, locality as LLVM counts: 3 is the first-level cache)."""
+    found = table()["prefetch"]
+    return found["bytes"], found["locality"]
 
 
 def singles(mode: str) -> int:

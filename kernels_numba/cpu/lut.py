@@ -24,11 +24,11 @@ from numba import types
 from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
+from kernels_numba.cpu import launch
 from kernels_numba.cpu.records import WORD_COLUMNS, table_bytes, tile_bytes
 from kernels_numba.cpu.simd import BYTES, FLOAT, FLOATS, INTS, LONG, VECTOR, Simd, outlined
 
 MAX_BITS = 8
-PREFETCH_AHEAD = 4160  # bytes; about 4 KB and no multiple of a page, CPU.md section 0
 
 
 @intrinsic
@@ -89,10 +89,11 @@ class _Kernel:
         self.kept = self.load_tables() if self.tokens == 1 else None
         self.tails = [self.load_tail(0)] if self.tokens == 1 else None
         size = tile_bytes(self.columns, self.bits)
+        ahead, locality = launch.prefetch()
         with v.loop(count) as index:
             tile = v.at(tiles, v.times(index, size))
             for line in range(0, size, VECTOR):
-                v.prefetch(v.at(tile, PREFETCH_AHEAD + line))
+                v.prefetch(v.at(tile, ahead + line), locality)
             totals = self.multiply(tile)
             alpha, beta = (v.load_halves(v.at(tile, size - VECTOR + part)) for part in (0, VECTOR // 2))
             for token, total in enumerate(totals):

@@ -84,8 +84,9 @@ class Weight:
                 and not (x.requires_grad and torch.is_grad_enabled()))
 
     def multiply(self, x, bias, mode: str):
-        """Return x Wᵀ + bias; mode as `choose_mode` gives it."""
-        return _operator(x, self.image, bias, self.rows, self.tile_columns, mode)
+        """Return x Wᵀ + bias; mode as `choose_mode` gives it. Plain tensors need no way through torch's dispatcher."""
+        plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
+        return (_cpu_linear if plain else _operator)(x, self.image, bias, self.rows, self.tile_columns, mode)
 
 
 def weight(packed) -> Weight:

@@ -18,7 +18,6 @@ BYTES, SHORTS, INTS, FLOATS, HALVES = (ir.VectorType(kind, size) for kind, size 
     (BYTE, 64), (SHORT, 32), (INT, 16), (FLOAT, 16), (HALF, 16)))
 LANES = 16  # rows of a tile, entries of a float table
 VECTOR = 64  # bytes
-SECOND_LEVEL = 2  # prefetch locality: into L2 (prefetcht1); CPU.md section 0 measured the others slower
 
 
 class Simd:
@@ -64,9 +63,10 @@ class Simd:
         return self._call("llvm.x86.avx512.mask.gather.dps.512", FLOATS,
                           [self.constant(FLOATS, 0.0), self._pointer(base, BYTE), indices, mask, INT(4)])
 
-    def prefetch(self, address):
+    def prefetch(self, address, locality: int):
+        """Fetch a line for reading, into the first-level cache (locality 3), the second (2) or the third (1)."""
         pointer = self._pointer(address, BYTE)
-        self._call("llvm.prefetch.p0", ir.VoidType(), [pointer, INT(0), INT(SECOND_LEVEL), INT(1)])
+        self._call("llvm.prefetch.p0", ir.VoidType(), [pointer, INT(0), INT(locality), INT(1)])
 
     def stack(self, size: int):
         """Return the address of `size` bytes on the stack, aligned to a vector."""
