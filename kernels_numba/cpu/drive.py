@@ -184,8 +184,8 @@ def runner():
     version = source_hash()
 
     @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-    def run(job_address, work, threads, mode, record, image_address, x, x_kind, y, y_kind, bias, bias_kind, tokens,
-            together):
+    def run(job_address, threads, work, mode, record, together, image_address, x, x_kind, y, y_kind, bias, bias_kind,
+            tokens):
         version  # noqa: B018 - a cell of the closure is part of the cache key
         job, image = longs(job_address), longs(image_address)
         slots = (tokens + together - 1) // together * together  # idle ones are computed from whatever is there

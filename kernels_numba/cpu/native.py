@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kernels_numba.cpu.simd import FLOAT, FLOATS, HALF, INT, INTS, LANES, LONG, SHORT, Simd
 
 FLOAT32, BFLOAT16, FLOAT16 = range(3)  # kinds of floats in memory
 KIND_BYTES = (4, 2, 2)
+PATIENCE = 1 << 10  # turns of waiting, about 40 cycles each, before a thread gives up its processor; a power of two
 
 
 @intrinsic
@@ -69,17 +73,33 @@ def add_number(typing, address):
 
 @intrinsic
 def wait_for(typing, address, value):
-    """Wait until the int64 at an address is `value`; what other threads stored before that is then visible."""
+    """Wait until the int64 at an address is `value`; what other threads stored before that is then visible.
+
+    A thread that waits long gives up its processor: the thread it waits for may need it.
+    """
 
     def codegen(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], ir.PointerType(LONG))
-        check, pause, end = (builder.append_basic_block(name) for name in ("check", "pause", "arrived"))
+        names = ("check", "pause", "give_up", "again", "arrived")
+        check, pause, give_up, again, end = (builder.append_basic_block(name) for name in names)
+        before = builder.block
         builder.branch(check)
         builder.position_at_end(check)
+        turns = builder.phi(LONG)
+        turns.add_incoming(LONG(1), before)
         found = builder.load_atomic(pointer, "acquire", 8)
         builder.cbranch(builder.icmp_signed("==", found, arguments[1]), end, pause)
         builder.position_at_end(pause)
         Simd(builder).pause()
+        patience = builder.and_(turns, LONG(PATIENCE - 1))
+        builder.cbranch(builder.icmp_signed("==", patience, LONG(0)), give_up, again)
+        builder.position_at_end(give_up)
+        if os.name == "posix":
+            function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(INT, []), "sched_yield")
+            builder.call(function, [])
+        builder.branch(again)
+        builder.position_at_end(again)
+        turns.add_incoming(builder.add(turns, LONG(1)), again)
         builder.branch(check)
         builder.position_at_end(end)
         return context.get_dummy_value()

@@ -9,7 +9,6 @@ dequantized weight by torch, so the result has its NaN and infinities where torc
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
 
@@ -62,7 +61,6 @@ def _wrong_x(x, packed):
                      "in_features")
 
 
-@dataclasses.dataclass(frozen=True)
 class Weight:
     """A repacked matrix, and its product with activations that need no checks and no gradient.
 
@@ -73,10 +71,10 @@ class Weight:
     tile_columns : columns of a tile
     """
 
-    image: torch.Tensor
-    rows: int
-    columns: int
-    tile_columns: int
+    def __init__(self, image: torch.Tensor, rows: int, columns: int, tile_columns: int):
+        self.image, self.rows, self.columns, self.tile_columns = image, rows, columns, tile_columns
+        self._address = image.data_ptr()
+        self._shapes = {size: (1,) * (size - 1) + (rows,) for size in range(1, 5)}  # of y for one token
 
     def takes(self, x) -> bool:
         """Whether `multiply` may be called: a CPU tensor of a kind the kernels read, that needs no gradient."""
@@ -84,9 +82,24 @@ class Weight:
                 and not (x.requires_grad and torch.is_grad_enabled()))
 
     def multiply(self, x, bias, mode: str):
-        """Return x Wᵀ + bias; mode as `choose_mode` gives it. Plain tensors need no way through torch's dispatcher."""
-        plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
-        return (_cpu_linear if plain else _operator)(x, self.image, bias, self.rows, self.tile_columns, mode)
+        """Return x Wᵀ + bias; mode as `choose_mode` gives it.
+
+        One token does without torch's dispatcher and without everything else that can be prepared: between two
+        products that fill the caches with weights, each step of Python costs several times what it costs alone.
+        """
+        shape = self._shapes.get(x.dim())
+        if (shape and x.numel() == self.columns and type(x) is torch.Tensor and x.is_contiguous()
+                and not torch.compiler.is_compiling()):
+            run, fixed = _kernels(mode, self.tile_columns, 1)
+            kind, y = KINDS[x.dtype], x.new_empty(shape)
+            bias_at, bias_kind = (0, 0) if bias is None else (bias.data_ptr(), KINDS.get(bias.dtype))
+            job = getattr(_local, "address", None)
+            if job is not None and bias_kind is not None:
+                found = run(job, threads.count(), *fixed, self._address, x.data_ptr(), kind, y.data_ptr(), kind,
+                            bias_at, bias_kind, 1)
+                if found == 0:
+                    return y
+        return _operator(x, self.image, bias, self.rows, self.tile_columns, mode)
 
 
 def weight(packed) -> Weight:
@@ -126,9 +139,10 @@ class _Product(torch.autograd.Function):
 
 @functools.cache
 def _kernels(mode: str, columns: int, together: int):
-    """`run`, the address of its worker, mode and record of the tables: compiled, or from Numba's cache."""
+    """`run` and its arguments that a mode fixes: compiled, or from Numba's cache."""
     threads.choose_layer()
-    return drive.runner(), drive.worker(mode, columns, together), (MODES.index(mode), table_bytes(columns, mode))
+    worker = drive.worker(mode, columns, together)
+    return drive.runner(), (worker, MODES.index(mode), table_bytes(columns, mode), together)
 
 
 def _job(size: int) -> int:
@@ -151,31 +165,33 @@ def _panel_memory(size: int) -> np.ndarray:
 
 def through_tables(x, image, bias, rows: int, tile_columns: int, mode: str, together: int | None = None):
     """Return x Wᵀ + bias by look-ups; `together` tokens share a pass, by the launch table if None."""
-    *leading, columns = x.shape
-    y = x.new_empty((*leading, rows))
+    shape, kind = x.shape, KINDS[x.dtype]
+    y = x.new_empty(shape[:-1] + (rows,))
+    bias_at = bias_kind = 0
     if bias is not None:
         bias = (bias.float() if bias.dtype not in KINDS else bias).contiguous()
-    bias_at = (0, 0) if bias is None else (bias.data_ptr(), KINDS[bias.dtype])
-    kind, size, weight = KINDS[x.dtype], x.element_size(), image.data_ptr()
-    count, job = threads.count(), _job(0)
-    start, total = 0, x.numel() // columns
-    while start < total:
-        tokens, shared = _portion(total - start, mode) if together is None else (total, together)
-        run, work, tables = _kernels(mode, tile_columns, shared)
-        arguments = (weight, x.data_ptr() + start * columns * size, kind, y.data_ptr() + start * rows * size, kind,
-                     *bias_at, tokens, shared)
-        found = run(job, work, count, *tables, *arguments)
+        bias_at, bias_kind = bias.data_ptr(), KINDS[bias.dtype]
+    weight, x_at, y_at, count, job = image.data_ptr(), x.data_ptr(), y.data_ptr(), threads.count(), _job(0)
+    left = x.numel() // shape[-1]
+    while left:
+        tokens, shared = _portion(left, mode) if together is None else (left, together)
+        run, fixed = _kernels(mode, tile_columns, shared)
+        found = run(job, count, *fixed, weight, x_at, kind, y_at, kind, bias_at, bias_kind, tokens)
         if found > 0:
             job = _job(found)
-            found = run(job, work, count, *tables, *arguments)
+            continue
         if found < 0:
             return through_panels(x, image, bias, rounded=False)
-        start += tokens
+        left -= tokens
+        x_at += tokens * shape[-1] * x.element_size()
+        y_at += tokens * rows * x.element_size()
     return y
 
 
 def _portion(left: int, mode: str) -> tuple[int, int]:
     """(tokens of the next run, tokens that share a pass): whole passes first, then the rest."""
+    if left == 1:
+        return 1, 1
     together = TOKENS[mode]
     if left >= together:
         return min(left, RUN_TOKENS) // together * together, together
