@@ -90,6 +90,7 @@ def test_mean_bits_of_an_image():
 def test_launch_table_is_complete_and_interpolated(monkeypatch):
     for mode in ("lut16", "lut8", "exact"):
         assert 1 <= launch.singles(mode) < launch.least_crossover(mode) <= launch.crossover(mode, 3)
-    table = {"modes": {"lut8": {"singles": 2, "crossover": {"2": 100, "4": 50}}}}
+    table = {"modes": {"lut8": {"singles": 2, "crossover": {"2": None, "4": 60, "8": 20}}}}
     monkeypatch.setattr(launch, "table", lambda: table)
-    assert [launch.crossover("lut8", bits) for bits in (1, 2, 3, 3.5, 4, 8)] == [100, 100, 75, 62.5, 50, 50]
+    found = [launch.crossover("lut8", bits) for bits in (1, 2, 3, 4, 6, 8)]
+    assert found == pytest.approx([np.inf, np.inf, 120, 60, 30, 20])

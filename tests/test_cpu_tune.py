@@ -12,7 +12,7 @@ MODES = targets.MODES.get(targets.detect()[0], ())
 
 
 @pytest.mark.parametrize(("gains", "expected"), [
-    ([-4, -2, 2, 9], 24), ([1, 2, 3, 4], 8), ([-9, -9, -9, -9], 64), ([-1, -3, 1, 1], 28),
+    ([-4, -2, 2, 9], 24), ([1, 2, 3, 4], 8), ([-9, -9, -9, -9], None), ([-1, -3, 1, 1], 28),
 ])
 def test_crossover_is_where_the_times_meet(gains, expected, monkeypatch):
     """gains: by how much panels are faster at 8, 16, 32 and 64 tokens."""
@@ -23,7 +23,7 @@ def test_crossover_is_where_the_times_meet(gains, expected, monkeypatch):
     assert tune._crossover("lut8", None, (8, 16, 32, 64)) == expected
 
 
-@pytest.mark.parametrize(("alone", "expected"), [([1, 1, 9], 3), ([9], 1), ([1, 1, 1], 4)])
+@pytest.mark.parametrize(("alone", "expected"), [([1, 1, 9], 3), ([9], 1), ([1, 1, 1], product.RUN_TOKENS)])
 def test_singles_end_where_a_shared_pass_is_faster(alone, expected, monkeypatch):
     answers = iter(alone)
     monkeypatch.setattr(tune, "_least", lambda *functions: (next(answers), 5))
@@ -35,9 +35,14 @@ def test_singles_end_where_a_shared_pass_is_faster(alone, expected, monkeypatch)
 def test_measured_table_drives_the_products(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "BATCHES", (4, 16))
     monkeypatch.setattr(tune, "BITS", (2,))
+    monkeypatch.setattr(tune, "COLD", 1 << 16)
+    monkeypatch.setattr(tune, "PREFETCHES", ((576, 3), (1088, 2)))
+    before = dict(launch.table()["prefetch"])
     path = tmp_path / "launch.json"
     tune.main(["--rows", "128", "--columns", "256", "--output", str(path)])
     table = json.loads(path.read_text())
+    assert (table["prefetch"]["bytes"], table["prefetch"]["locality"]) in tune.PREFETCHES
+    assert launch.table()["prefetch"] == before, "measuring leaves the table in use alone"
     assert set(table["modes"]) == set(MODES) and table["measured"]["shape"] == [128, 256]
     for functions in (launch.table, launch.least_crossover):
         functions.cache_clear()
@@ -49,7 +54,7 @@ def test_measured_table_drives_the_products(tmp_path, monkeypatch):
     try:
         for tokens in (1, 4, 16, 17):
             product._cpu_linear(torch.zeros(tokens, 256), product.weight(packed).image, None, 128, 128, MODES[0])
-        assert chosen == [n for n in (1, 4, 16, 17) if n >= table["modes"][MODES[0]]["crossover"]["2"]]
+        assert chosen == [n for n in (1, 4, 16, 17) if n >= (table["modes"][MODES[0]]["crossover"]["2"] or 99)]
     finally:
         for functions in (launch.table, launch.least_crossover):
             functions.cache_clear()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,14 @@ def prefetch() -> tuple[int, int]:
 
 
 def singles(mode: str) -> int:
-    """Up to so many tokens are multiplied one by one: faster than one pass for several tokens."""
+    """Up to so many tokens are multiplied one by one, which is then faster than one pass for several tokens."""
     return table()["modes"][mode]["singles"]
 
 
 def crossover(mode: str, bits: float) -> float:
-    """Tokens from which dequantized panels are faster, for a matrix of `bits` mean bits; interpolated by bits.
+    """Tokens from which dequantized panels are faster, for a matrix of `bits` mean bits; infinite if never.
+
+    Interpolated by the inverse of the tokens between the measured bit-widths: null in the table is never.
 
     Examples
     --------
@@ -40,9 +43,10 @@ def crossover(mode: str, bits: float) -> float:
     """
     measured = table()["modes"][mode]["crossover"]
     widths = sorted(map(int, measured))
-    return float(np.interp(bits, widths, [measured[str(width)] for width in widths]))
+    inverse = np.interp(bits, widths, [1 / (measured[str(width)] or math.inf) for width in widths])
+    return 1 / inverse if inverse else math.inf
 
 
 @functools.cache
 def least_crossover(mode: str) -> float:
-    return min(table()["modes"][mode]["crossover"].values())
+    return min(tokens or math.inf for tokens in table()["modes"][mode]["crossover"].values())

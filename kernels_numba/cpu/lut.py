@@ -74,9 +74,13 @@ def _body(mode, columns, tokens, bits):
 
 
 class _Kernel:
-    """Loop over tiles; what a mode does with the planes is `start`, `take` and `total`."""
+    """Loop over tiles, and in a tile over words, tables, planes and tokens, so that a table is loaded once a tile.
+
+    A mode says how a word is cut into indices in `steps` steps, which tables a step reads, and how to add up.
+    """
 
     mode: str
+    steps: int
 
     def __init__(self, columns, tokens, bits):
         self.columns, self.tokens, self.bits = columns, tokens, bits
@@ -85,9 +89,9 @@ class _Kernel:
     def write(self, v: Simd, tiles, count, tables, table_step, sums, sum_step):
         self.v = v
         self.tables = [v.at(tables, v.times(table_step, token)) for token in range(self.tokens)]
-        # One token: its tables stay in registers for all tiles. More tokens: they are operands in memory (L1).
-        self.kept = self.load_tables() if self.tokens == 1 else None
-        self.tails = [self.load_tail(0)] if self.tokens == 1 else None
+        self.kept = {}
+        if self.tokens == 1:  # what a register holds for all tiles
+            self.kept = {("tail", 0): self.load_tail(0), **self.load_tables()}
         size = tile_bytes(self.columns, self.bits)
         ahead, locality = launch.prefetch()
         with v.loop(count) as index:
@@ -97,20 +101,33 @@ class _Kernel:
             totals = self.multiply(tile)
             alpha, beta = (v.load_halves(v.at(tile, size - VECTOR + part)) for part in (0, VECTOR // 2))
             for token, total in enumerate(totals):
-                step, total_x = self.tails[0] if self.tails else self.load_tail(token)
+                step, total_x = self.kept.get(("tail", token)) or self.load_tail(token)
                 row = v.at(v.at(sums, v.times(index, VECTOR)), v.times(sum_step, token))
                 total = v.fmul(total, step)
                 v.store(row, v.fma(alpha, total, v.fma(beta, total_x, v.load(FLOATS, row))))
 
+    def multiply(self, tile):
+        v = self.v
+        totals = [self.start() for _ in range(self.tokens)]
+        for word in range(self.words):
+            places = [v.at(tile, (plane * self.words + word) * VECTOR) for plane in range(self.bits)]
+            lines = [v.load(BYTES, place) for place in places]
+            for step in range(self.steps):
+                tables = [self.tables_of(token, word, step) for token in range(self.tokens)]
+                for plane, line in enumerate(lines):
+                    index = self.index(line, step)
+                    for token in range(self.tokens):
+                        self.take(totals[token], step, plane, tables[token], index)
+        return [self.total(parts) for parts in totals]
+
     def table(self, token, index):
         """Vector `index` of the tables of a token."""
-        if self.kept:
-            return self.kept[index]
-        return self.v.load(BYTES, self.v.at(self.tables[token], index * VECTOR))
+        place = self.v.at(self.tables[token], index * VECTOR)
+        return self.kept.get(index) or self.v.load(BYTES, place)
 
     def load_tables(self):
         size = table_bytes(self.columns, self.mode) - VECTOR
-        return [self.v.load(BYTES, self.v.at(self.tables[0], line)) for line in range(0, size, VECTOR)]
+        return {index: self.table(0, index) for index in range(size // VECTOR)}
 
     def load_tail(self, token):
         """(step of the entries, sum of the activations), 16 copies each."""
@@ -126,29 +143,28 @@ class _Bytes(_Kernel):
     """
 
     mode = "lut8"
+    steps = 2
     parts = 1  # bytes of an entry
 
-    def multiply(self, tile):
-        v = self.v
-        offsets = v.constant(BYTES, [16 * (byte % 4) for byte in range(VECTOR)])  # byte j of a word reads table j
+    def start(self):
         self.chains = 2 if self.tokens == 1 else 1
-        zero = v.constant(INTS, 0)
-        totals = [[[zero] * self.chains for _ in range(self.parts)] for _ in range(self.tokens)]
-        for plane in range(self.bits):
-            for word in range(self.words):
-                line = v.load(BYTES, v.at(tile, (plane * self.words + word) * VECTOR))
-                for half, index in enumerate(v.nibbles(line, offsets)):
-                    for token in range(self.tokens):
-                        self.take(totals[token], half % self.chains, plane, token, 2 * word + half, index)
-        return [v.to_floats(self.total(parts)) for parts in totals]
+        return [[self.v.constant(INTS, 0)] * self.chains for _ in range(self.parts)]
 
-    def take(self, parts, chain, plane, token, table, index):
+    def index(self, line, step):
+        """Byte j of a row's word reads table j of 4: low nibbles first, then the high ones."""
+        return self.v.nibbles(line, step, self.v.constant(BYTES, [16 * (byte % 4) for byte in range(VECTOR)]))
+
+    def tables_of(self, token, word, step):
+        """The tables of 16 columns: one vector for each byte of an entry."""
+        return [self.table(token, 2 * self.words * part + 2 * word + step) for part in range(self.parts)]
+
+    def take(self, parts, step, plane, tables, index):
         weight = self.v.constant(BYTES, 1 << plane)  # 128 is an unsigned byte too
-        found = self.v.lookup_bytes(self.table(token, table), index)
-        parts[0][chain] = self.v.dot(parts[0][chain], weight, found)
+        chain = step % self.chains
+        parts[0][chain] = self.v.dot(parts[0][chain], weight, self.v.lookup_bytes(tables[0], index))
 
     def total(self, parts):
-        return functools.reduce(self.v.add, parts[0])
+        return self.v.to_floats(functools.reduce(self.v.add, parts[0]))
 
 
 class _Shorts(_Bytes):
@@ -157,42 +173,42 @@ class _Shorts(_Bytes):
     mode = "lut16"
     parts = 2
 
-    def take(self, parts, chain, plane, token, table, index):
-        v, low_tables = self.v, 2 * self.words
-        high, low = (v.lookup_bytes(self.table(token, table + start), index) for start in (0, low_tables))
-        parts[0][chain] = v.dot(parts[0][chain], v.constant(BYTES, 1 << plane), high)
+    def take(self, parts, step, plane, tables, index):
+        super().take(parts, step, plane, tables, index)
+        chain, low = step % self.chains, self.v.lookup_bytes(tables[1], index)
         # 2^7 is no signed byte: the low bytes of the top plane of 8 bits are taken twice with 2^6
         for _ in range(2 if plane == 7 else 1):
-            parts[1][chain] = v.dot(parts[1][chain], low, v.constant(BYTES, 1 << min(plane, 6)))
+            parts[1][chain] = self.v.dot(parts[1][chain], low, self.v.constant(BYTES, 1 << min(plane, 6)))
 
     def total(self, parts):
         high, low = (functools.reduce(self.v.add, chains) for chains in parts)
-        return self.v.add(self.v.left(high, 8), low)
+        return self.v.to_floats(self.v.add(self.v.left(high, 8), low))
 
 
 class _Floats(_Kernel):
     """float32 entries of step 1: vpermps reads the low 4 bits of each row's word, shifted by a nibble 8 times."""
 
     mode = "exact"
+    steps = 8
+    chains = 2  # the same for any number of tokens: float sums depend on their order
 
     def load_tables(self):
-        return None  # 32 tables of 128 columns would take every register; they are read from L1
+        return {}  # 32 tables of 128 columns would take every register; they are read from L1
 
-    def multiply(self, tile):
-        v = self.v
-        totals = [v.constant(FLOATS, 0.0) for _ in range(self.tokens)]
-        for plane in range(self.bits):
-            sums = [[v.constant(FLOATS, 0.0)] * 2 for _ in range(self.tokens)]
-            for word in range(self.words):
-                line = v.load(INTS, v.at(tile, (plane * self.words + word) * VECTOR))
-                for nibble in range(8):
-                    index = v.right(line, 4 * nibble)
-                    # byte j of a word: table j in the low nibble, table 4 + j in the high one
-                    table = 8 * word + 4 * (nibble % 2) + nibble // 2
-                    for token in range(self.tokens):
-                        entries = v.load(FLOATS, v.at(self.tables[token], table * VECTOR))
-                        part = nibble % 2
-                        sums[token][part] = v.fadd(sums[token][part], v.lookup_floats(entries, index))
-            weight = v.constant(FLOATS, float(1 << plane))
-            totals = [v.fma(weight, v.fadd(*sums[token]), totals[token]) for token in range(self.tokens)]
-        return totals
+    def start(self):
+        return [self.v.constant(FLOATS, 0.0)] * self.chains
+
+    def index(self, line, step):
+        return self.v.right(self.v.as_ints(line), 4 * step)
+
+    def tables_of(self, token, word, step):
+        """Byte j of a word has table j in its low nibble, table 4 + j in its high one."""
+        index = 8 * word + 4 * (step % 2) + step // 2
+        return self.v.load(FLOATS, self.v.at(self.tables[token], index * VECTOR))
+
+    def take(self, parts, step, plane, table, index):
+        weight, chain = self.v.constant(FLOATS, float(1 << plane)), step % self.chains
+        parts[chain] = self.v.fma(weight, self.v.lookup_floats(table, index), parts[chain])
+
+    def total(self, parts):
+        return functools.reduce(self.v.fadd, parts)

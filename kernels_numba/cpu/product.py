@@ -190,12 +190,10 @@ def through_tables(x, image, bias, rows: int, tile_columns: int, mode: str, toge
 
 def _portion(left: int, mode: str) -> tuple[int, int]:
     """(tokens of the next run, tokens that share a pass): whole passes first, then the rest."""
-    if left == 1:
-        return 1, 1
-    together = TOKENS[mode]
-    if left >= together:
-        return min(left, RUN_TOKENS) // together * together, together
-    return left, together if left > launch.singles(mode) else 1
+    together, left = TOKENS[mode], min(left, RUN_TOKENS)
+    if left <= launch.singles(mode):
+        return left, 1
+    return max(left // together * together, min(left, together)), together
 
 
 def through_panels(x, image, bias, rounded: bool):

@@ -100,12 +100,12 @@ class Simd:
 
     # Integers
 
-    def nibbles(self, word, offsets):
-        """Cut 64 bytes into two index vectors: the low and the high nibbles, each OR-ed with `offsets`."""
+    def nibbles(self, word, half: int, offsets):
+        """The low (half 0) or high nibbles of 64 bytes, OR-ed with `offsets`."""
         b = self.builder
-        low = self.constant(BYTES, 15)
-        shifted = b.bitcast(b.lshr(b.bitcast(word, SHORTS), self.constant(SHORTS, 4)), BYTES)
-        return [b.or_(b.and_(part, low), offsets) for part in (word, shifted)]
+        if half:
+            word = b.bitcast(b.lshr(b.bitcast(word, SHORTS), self.constant(SHORTS, 4)), BYTES)
+        return b.or_(b.and_(word, self.constant(BYTES, 15)), offsets)
 
     def lookup_bytes(self, table, index):
         """64 look-ups in a table of 64 bytes; the low 6 bits of a byte count (vpermb, AVX512-VBMI)."""

@@ -1,13 +1,14 @@
 """Measure the launch table of this processor: ``python -m kernels_numba.cpu.tune [--rows N] [--columns K]``.
 
-For each mode: up to how many tokens the one-token kernel beats a shared pass, and for some bit-widths from how many
-tokens on dequantized panels beat the tables. Times are the least of several, interleaved, so that a busy moment
-of the machine hits both sides; run it on a quiet machine all the same.
+How far ahead to prefetch; for each mode, up to how many tokens the one-token kernel beats a shared pass, and for some
+bit-widths from how many tokens on dequantized panels beat the tables. Times are the least of several, interleaved, so
+that a busy moment of the machine hits all sides; run it on a quiet machine all the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import time
@@ -16,14 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernels_numba.cpu import launch, product, targets, threads
+from kernels_numba.cpu import drive, launch, product, targets, threads
 from kernels_numba.cpu.records import TOKENS
 from sfmp.checks import write_atomically
 from sfmp.pack import pack
 
 BITS = (2, 3, 4, 8)
-BATCHES = (8, 16, 32, 64, 128, 256, 512)
+BATCHES = (16, 32, 64, 128, 256, 512, 1024)
 REPEATS = 7
+PREFETCHES = ((4160, 2), (2112, 3), (4160, 3), (8256, 3))  # bytes ahead, locality; no multiples of a page
+COLD = 128 << 20  # bytes of weights that no cache holds
 
 
 def measure(rows: int, columns: int, modes) -> dict:
@@ -34,6 +37,34 @@ def measure(rows: int, columns: int, modes) -> dict:
         crossover = {str(width): _crossover(mode, packed, BATCHES) for width, packed in weights.items()}
         table[mode] = {"singles": _singles(mode, weights[BITS[0]]), "crossover": crossover}
     return table
+
+
+def best_prefetch(rows: int, columns: int, mode: str) -> dict:
+    """Return {"bytes", "locality"} with which weights from memory are multiplied fastest."""
+    packed = [_random(rows, columns, width) for width in (2, 4)]
+    copies = COLD // sum(part.nbytes for part in packed) + 1
+    weights = [product.weight(dataclasses.replace(part, cache={})) for part in packed for _ in range(copies)]
+    x, kept = torch.randn(1, columns), launch.table()["prefetch"]
+
+    def multiply():
+        for weight in weights:
+            weight.multiply(x, None, mode)
+
+    seconds = []
+    try:
+        for ahead, locality in PREFETCHES:
+            launch.table()["prefetch"] = {"bytes": ahead, "locality": locality}
+            _forget_kernels()
+            seconds += _least(multiply)
+    finally:
+        launch.table()["prefetch"] = kept
+        _forget_kernels()
+    return dict(zip(("bytes", "locality"), PREFETCHES[int(np.argmin(seconds))], strict=True))
+
+
+def _forget_kernels():
+    for cached in (drive.source_hash, drive.worker, product._kernels):
+        cached.cache_clear()
 
 
 def _random(rows, columns, width):
@@ -74,18 +105,16 @@ def _panels(mode, packed, tokens):
 
 
 def _singles(mode, packed) -> int:
-    """Most tokens for which one by one is as fast as a shared pass."""
-    best = 1
+    """Most tokens for which one by one is as fast as a shared pass; all of a run if a full pass is not faster."""
     for tokens in range(2, TOKENS[mode] + 1):
         alone, shared = _least(_tables(mode, packed, tokens, 1), _tables(mode, packed, tokens, TOKENS[mode]))
         if alone > shared:
-            break
-        best = tokens
-    return best
+            return tokens - 1
+    return product.RUN_TOKENS
 
 
-def _crossover(mode, packed, batches) -> int:
-    """Tokens at which both ways take equally long, interpolated between the measured batches; the last if never."""
+def _crossover(mode, packed, batches) -> int | None:
+    """Tokens at which both ways take equally long, interpolated between the measured batches; None if they never do."""
     before = None
     for tokens in batches:
         tables, panels = _least(_tables(mode, packed, tokens, None), _panels(mode, packed, tokens))
@@ -95,7 +124,7 @@ def _crossover(mode, packed, batches) -> int:
                 return tokens
             return round(before[0] + (tokens - before[0]) * before[1] / (before[1] + gain))
         before = tokens, -gain
-    return batches[-1]
+    return None
 
 
 def main(arguments=None) -> None:
@@ -108,6 +137,7 @@ def main(arguments=None) -> None:
     if target is None:
         parser.error(why)
     table = json.loads(options.output.read_text()) if options.output.exists() else {"modes": {}}
+    table["prefetch"] = best_prefetch(options.rows, options.columns, targets.MODES[target][0])
     table["modes"].update(measure(options.rows, options.columns, targets.MODES[target]))
     table["measured"] = {"target": target, "processor": _processor(), "threads": threads.count(),
                          "shape": [options.rows, options.columns], "torch": torch.__version__}
