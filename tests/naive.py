@@ -201,9 +201,9 @@ def table_error(x, magnitude, col_perm, tile_columns, top):
 
 
 def tile_code(tile, width, row, column):
-    """Code of one weight in the bytes of a tile, uint8 [width, columns/32, 16 rows, 4].
+    """Code of one weight in the bytes of a tile, uint8 [columns/32, width, 16 rows, 4].
 
     Byte j of a row's word holds nibble j in its low half and nibble 4 + j in its high half.
     """
     word, nibble, bit = column // 32, column % 32 // 4, column % 4
-    return sum((int(tile[k, word, row, nibble % 4]) >> (bit + 4 * (nibble // 4)) & 1) << k for k in range(width))
+    return sum((int(tile[word, k, row, nibble % 4]) >> (bit + 4 * (nibble // 4)) & 1) << k for k in range(width))

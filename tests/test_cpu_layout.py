@@ -56,7 +56,7 @@ def _read_image(image):
             start += count * size
             part = slice(first, first + count)
             words = np.ascontiguousarray(tiles[:, :-64]).view(np.uint32)
-            words = _separate_nibbles(words).reshape(count, width, -1, 16).transpose(0, 3, 2, 1)
+            words = _separate_nibbles(words).reshape(count, -1, width, 16).transpose(0, 3, 1, 2)
             planes = np.unpackbits(np.ascontiguousarray(words)[..., None].view(np.uint8), axis=-1, bitorder="little")
             weights = (1 << np.arange(width, dtype=np.uint8))[:, None]
             codes[part, :, column] = (planes * weights).sum(axis=3, dtype=np.uint8).reshape(count, 16, -1)
@@ -105,7 +105,7 @@ def test_bytes_of_a_tile_are_where_the_kernels_read_them():
     case = affine_case(0, rows=16, cols=128, group_size=128, block_rows=16, levels=(5,))
     image = layout.make_image(packed_case(0, rows=16, cols=128, group_size=128, block_rows=16, levels=(5,)))
     header = _header(image)
-    tile = image[-tile_bytes(128, 5) : -64].reshape(5, 4, 16, 4)
+    tile = image[-tile_bytes(128, 5) : -64].reshape(4, 5, 16, 4)
     assert header[layout.STRIPS] == 1
     for row, column in np.ndindex(16, 128):
         assert naive.tile_code(tile, 5, row, column) == case["codes"][row, column]

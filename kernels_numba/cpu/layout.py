@@ -104,9 +104,9 @@ def _write_tiles(image, packed, tile_columns, strips, first, tile_rows):
         for group, tile in _pieces(*np.nonzero(bits[:, block] == width)):
             rows = tile_rows[tile]
             planes = _planes(packed, width, starts[group, block[tile]], rows, rows % packed.block_rows)
-            planes = planes.reshape(len(tile), width, spread, -1, TILE_ROWS).swapaxes(1, 2)
+            planes = planes.reshape(len(tile), spread, -1)
             record = np.empty((len(tile), spread, size), np.uint8)
-            record[..., :-VECTOR] = np.ascontiguousarray(planes).view(np.uint8).reshape(len(tile), spread, -1)
+            record[..., :-VECTOR] = planes.view(np.uint8)
             scales = [np.where(rows < 0, np.float16(0), part[group[:, None], rows]) for part in (alpha, beta)]
             record[..., -VECTOR:] = np.concatenate(scales, axis=1).view(np.uint8)[:, None]
             column = group[:, None] * spread + np.arange(spread)
@@ -121,12 +121,11 @@ def _pieces(*arrays):
 
 
 def _planes(packed, width, start, rows, local):
-    """Interleaved words of some tiles: uint32 [n, width, group_size/32, 16]."""
-    words = packed.group_size // WORD_COLUMNS
-    step = np.arange(words) * width + np.arange(width)[:, None]  # a block is stored as [word][bit][row]
-    index = start[:, None, None, None] + step[..., None] * packed.block_rows + local[:, None, None]
-    found = packed.planes.numpy().view(np.uint32)[np.where(rows[:, None, None] < 0, 0, index)]
-    return interleave_nibbles(np.where(rows[:, None, None] < 0, np.uint32(0), found))
+    """Interleaved words of some tiles: uint32 [n, group_size/32 · width, 16]."""
+    step = np.arange(packed.group_size // WORD_COLUMNS * width)  # a block is stored as [word][bit][row]
+    index = start[:, None, None] + step[:, None] * packed.block_rows + local[:, None]
+    found = packed.planes.numpy().view(np.uint32)[np.where(rows[:, None] < 0, 0, index)]
+    return interleave_nibbles(np.where(rows[:, None] < 0, np.uint32(0), found))
 
 
 def interleave_nibbles(words: np.ndarray) -> np.ndarray:

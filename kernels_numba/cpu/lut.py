@@ -110,7 +110,7 @@ class _Kernel:
         v = self.v
         totals = [self.start() for _ in range(self.tokens)]
         for word in range(self.words):
-            places = [v.at(tile, (plane * self.words + word) * VECTOR) for plane in range(self.bits)]
+            places = [v.at(tile, (word * self.bits + plane) * VECTOR) for plane in range(self.bits)]
             lines = [v.load(BYTES, place) for place in places]
             for step in range(self.steps):
                 tables = [self.tables_of(token, word, step) for token in range(self.tokens)]

@@ -85,7 +85,7 @@ def _write_tile(columns, element_bytes, bits, v: Simd, tile, target, row_step):
         for part in range(2 * words):  # 16 columns: half a word
             value = lowest
             for plane in range(bits):
-                place = (plane * words + part // 2) * VECTOR + part % 2 * 2
+                place = (part // 2 * bits + plane) * VECTOR + part % 2 * 2
                 mask = v.load(SHORT, v.at(v.at(tile, place), v.times(row, 4)), 2)
                 value = v.add_where(mask, value, steps[plane])
             value = v.fadd(value, beta)

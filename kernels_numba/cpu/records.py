@@ -1,6 +1,6 @@
 """Sizes of the two records that kernels share: a tile of the weight and the tables of its columns.
 
-Tile (16 rows × 32, 64 or 128 columns, b bits): for each bit, for each 32 columns, 64 bytes of plane; then 16 float16
+Tile (16 rows × 32, 64 or 128 columns, b bits): for each 32 columns, for each bit, 64 bytes of plane; then 16 float16
 alpha and 16 float16 beta. Tables (the same columns of one token): 16 entries for every 4 columns, of 1, 2 or 4 bytes,
 then one vector whose first two float32 are the step of the entries and the sum of the activations.
 """
