@@ -11,7 +11,6 @@ from __future__ import annotations
 __all__ = ["available", "matmul"]
 
 BACKENDS = ("cuda", "cpu", "reference")  # best first
-AUTO = ("cuda", "reference")  # what "auto" chooses from
 MODES = {"reference": ("exact", "lut"), "cpu": ("lut16", "lut8", "exact"), "cuda": ("lut", "mma")}
 _NOT_BUILT = "no: its kernels are not part of this version"
 
@@ -39,7 +38,9 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
         On the device of `packed`.
     packed : PackedMatrix or SFMPLinear
     backend : {"auto", "reference", "cpu", "cuda"}
-        "auto" takes the first of `AUTO` that can run here.
+        "auto" takes the first of cuda, cpu, reference that can run here, has the mode and suits the tensors: cpu is
+        for float32, bfloat16 and float16 on the CPU, and not inside `sfmp.linear.keep_dequantized`, whose kept
+        weights the reference multiplies without repacking.
     mode : str or None
         reference: "exact" (default) or "lut" (the NumPy oracle of `kernels_numba.reference`, slow);
         cpu: "lut16", "lut8", "exact"; cuda: "lut", "mma".
@@ -66,7 +67,7 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
     if not isinstance(x, np.ndarray | torch.Tensor):
         raise SfmpError(f"x: expected a tensor or an array, found {type(x).__name__}; convert it")
     if backend == "auto":
-        backend = next(name for name in AUTO if available()[name].startswith("yes"))
+        backend = next((name for name in BACKENDS if _suits(name, x, packed, mode)), "reference")
     if backend not in BACKENDS:
         raise SfmpError(f"backend: expected auto, {', '.join(BACKENDS)}, found {backend!r}; see available()")
     if mode is not None and mode not in MODES[backend]:
@@ -84,3 +85,14 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
     from kernels_numba import reference
 
     return reference.matmul(x, packed, mode or "exact")
+
+
+def _suits(backend: str, x, packed, mode: str | None) -> bool:
+    """Whether "auto" may take a backend."""
+    if not available()[backend].startswith("yes") or (mode is not None and mode not in MODES[backend]):
+        return False
+    if backend != "cpu":
+        return True
+    kind = str(x.dtype).removeprefix("torch.")
+    on_cpu = str(getattr(x, "device", "cpu")) == str(packed.device) == "cpu"
+    return on_cpu and kind in ("float32", "bfloat16", "float16") and "keep" not in packed.cache

@@ -128,10 +128,11 @@ class SFMPLinear(StoredLinear):
 
 @contextmanager
 def keep_dequantized(model: nn.Module) -> Iterator[nn.Module]:
-    """Keep the dequantized float32 weight of every `StoredLinear` in memory while inside; results do not change.
+    """Keep the dequantized float32 weight of every `StoredLinear` in memory while inside; results of the reference
+    backend do not change, and "auto" is the reference on the CPU.
 
-    The reference backend then dequantizes each matrix once instead of at every call: for evaluation, where
-    memory for one float32 copy of the model is at hand.
+    The reference then dequantizes each matrix once instead of at every call: for evaluation, where memory for
+    one float32 copy of the model is at hand, and batches are so large that a plain product is fastest.
 
     Raises
     ------
@@ -144,6 +145,7 @@ def keep_dequantized(model: nn.Module) -> Iterator[nn.Module]:
     try:
         for layer in layers:
             layer._cache["keep"] = True
+            layer._cache.pop("ready", None)
         yield model
     finally:
         for layer in layers:

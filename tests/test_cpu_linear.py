@@ -2,13 +2,15 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from cases import packed_case
 from torch import nn
 
+import kernels_numba
 from kernels_numba.cpu import product, targets
-from sfmp.linear import SFMPLinear
+from sfmp.linear import SFMPLinear, keep_dequantized
 
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(targets.detect()[0] is None, reason=targets.detect()[1])]
 
@@ -84,3 +86,34 @@ def test_a_layer_that_moved_forgets_its_image(layer):
     layer(_x(1, 100))
     assert {"cpu", "ready"} <= set(layer._cache)
     assert not layer.to(torch.float16)._cache
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_auto_is_this_backend_on_the_cpu(kind):
+    layer = SFMPLinear(packed_case(0, bias=True))
+    x = _x(3, 100, dtype=kind)
+    expected = kernels_numba.matmul(x, layer.packed, backend="cpu")
+    assert torch.equal(layer(x), expected) and torch.equal(layer(x), expected)
+    assert torch.equal(kernels_numba.matmul(x, layer.packed), expected)
+
+
+def test_auto_is_the_reference_where_that_is_asked_for_or_better():
+    layer = SFMPLinear(packed_case(0, bias=True))
+    x = _x(3, 100)
+    reference = nn.functional.linear(x, layer.dequantize(), layer.bias)
+    fast = layer(x)
+    assert not torch.equal(fast, reference)
+    with keep_dequantized(layer):
+        assert torch.equal(layer(x), reference), "kept weights are there to be used"
+    assert torch.equal(layer(x), fast)
+    wide = nn.functional.linear(x.double(), layer.dequantize().double(), layer.bias.double())
+    assert torch.equal(layer(x.double()), wide), "float64 is not computed in float32 unless asked"
+    array = x.numpy()
+    np.testing.assert_array_equal(kernels_numba.matmul(array, layer.packed), fast.numpy())
+    assert kernels_numba.matmul(array.astype(np.float64), layer.packed).dtype == np.float64
+    assert torch.allclose(kernels_numba.matmul(x, layer.packed, mode="lut"), reference, rtol=1e-4, atol=1e-3)
+
+
+def test_auto_says_when_no_backend_has_the_mode():
+    with pytest.raises(ValueError, match="mode: expected one of exact, lut"):
+        kernels_numba.matmul(_x(1, 100), packed_case(0), mode="mma")

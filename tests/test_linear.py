@@ -1,4 +1,8 @@
-"""SFMPLinear: shapes, dtypes, moves and copies never change the stored numbers."""
+"""SFMPLinear: shapes, dtypes, moves and copies never change the stored numbers.
+
+The layers ask for the reference where results are compared bit by bit with a product of the dequantized weight; what
+"auto" chooses instead is compared within its accuracy in tests/test_cpu_linear.py.
+"""
 
 import copy
 import io
@@ -15,7 +19,13 @@ from sfmp.spec import SfmpError
 
 @pytest.fixture
 def layer():
-    return SFMPLinear.from_packed(packed_case(0, bias=True))
+    return _reference(packed_case(0, bias=True))
+
+
+def _reference(packed):
+    layer = SFMPLinear.from_packed(packed)
+    layer.backend = "reference"
+    return layer
 
 
 def _x(*shape, dtype=torch.float32):
@@ -38,7 +48,7 @@ def test_result_has_the_dtype_of_x_and_one_rounding(layer, dtype):
 
 
 def test_columns_and_rows_are_in_natural_order():
-    layer = SFMPLinear(packed_case(1))
+    layer = _reference(packed_case(1))
     weight = layer.packed.dequantize()
     for column in (0, 31, 57, 99):
         assert torch.equal(layer(torch.eye(100)[column]), weight[:, column])
@@ -79,6 +89,7 @@ def test_state_dict_round_trip_through_an_empty_layer(layer):
     empty = SFMPLinear.empty(40, 100, **sizes, bias=True, device="meta")
     assert {t.device.type for t in empty.buffers()} == {"meta"} and "SFMPLinear" in repr(empty)
     empty = empty.to_empty(device="cpu")
+    empty.backend = "reference"
     assert [t.dtype for t in empty.buffers()] == [t.dtype for t in layer.buffers()]
     with keep_dequantized(layer):
         layer(_x(1, 100))
@@ -91,7 +102,7 @@ def test_state_dict_round_trip_through_an_empty_layer(layer):
 
 
 def test_loading_forgets_what_was_derived(layer):
-    other = SFMPLinear.from_packed(packed_case(0, bias=True))
+    other = _reference(packed_case(0, bias=True))
     other.row_perm.copy_(torch.arange(40))
     x = _x(2, 100)
     expected = other(x)
