@@ -218,8 +218,9 @@ def test_whole_method_bytes_and_cost(tiny_llama, tmp_path):
     assert len(found.bits) == 12 + int((~found.frozen).sum())
 
     found.save(tmp_path / "search.json")
-    found = Search.load(tmp_path / "search.json")
-    outcome = amq.quantize(tiny_llama, windows, 4.0, group_size=32, found=found, **FEW)
+    outcome = amq.quantize(tiny_llama, windows, 4.0, group_size=32, found=tmp_path / "search.json")
+    Search.load(tmp_path / "search.json").save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "search.json").read_bytes()
     total = sum(n * k for n, k in shapes.values())
     bits = {name: int(outcome.plan[name].bits[0, 0]) for name in shapes}
     used = sum(bits[name] * n * k for name, (n, k) in shapes.items())
@@ -231,7 +232,15 @@ def test_whole_method_bytes_and_cost(tiny_llama, tmp_path):
     sizes = tensor_sizes(save_checkpoint(tiny_llama, tmp_path / "c"))
     sizes = sizes[sizes.module.isin(list(shapes)) & sizes.part.isin(["planes", "alpha", "beta"])]
     assert sizes.bytes.sum() + len(shapes) == outcome.stored_bytes
+    assert outcome.notes["knobs"] == {**FEW, "seed": 0, "group_size": 32, "tolerance": 0.005}
     assert outcome.notes["search_shared"] and [r["stage"] for r in outcome.cost.rows()] == ["quantization"]
+
+
+def test_half_precision_models_keep_their_dtype(tiny_llama):
+    model = tiny_llama.bfloat16().train()
+    found = amq.search(model, _windows(4, 32, 128), group_size=32, **FEW)
+    assert np.isfinite(found.divergences).all() and (found.divergences > 0).all()
+    assert model.training and all(m.weight.dtype == torch.bfloat16 for m in linear_modules(model).values())
 
 
 def test_same_seed_same_result(tiny_llama):

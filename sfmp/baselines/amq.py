@@ -74,6 +74,8 @@ def search(model, windows, *, seed=0, group_size=128, n_windows=128, n_tokens=20
              "subset_population": (subset_population, 2), "subset_generations": (subset_generations, 1)}
     for name, (value, low) in sizes.items():
         integer(name, value, low)
+    knobs = {"n_windows": n_windows, "n_tokens": n_tokens, **{name: value for name, (value, _) in sizes.items()},
+             "seed": seed}
     cost, rng = cost or CostRecord(), np.random.default_rng(seed)
     with ProxyModel(model, windows, LEVELS, group_size, n_windows, n_tokens) as proxy:
         scale = FULL_TOKENS / proxy.windows.numel()
@@ -87,7 +89,7 @@ def search(model, windows, *, seed=0, group_size=128, n_windows=128, n_tokens=20
             stage.units = stage.full_units = len(designs) + 1  # the full-precision logits are one more
             stage.evaluations, stage.unit_scale = stage.units * len(proxy.windows), scale
         found = Search(proxy.names, proxy.weights, sensitivities,
-                       sensitivities > FROZEN_ABOVE * np.median(sensitivities), int(group_size))
+                       sensitivities > FROZEN_ABOVE * np.median(sensitivities), int(group_size), knobs)
         found.add(designs[~found.frozen], sensitivities[~found.frozen])
 
         def evaluate(proposals):
@@ -164,8 +166,8 @@ subset_population, subset_generations
         As in :func:`search`; the defaults are those of the publication.
     tolerance : float
         Bits below the budget within which a design counts as hitting it (:meth:`Search.best`).
-    found : Search, optional
-        Result of an earlier :func:`search` of this model, instead of a search now.
+    found : Search or path-like, optional
+        Result of an earlier :func:`search` of this model, or the file it was saved to, instead of a search now.
 
     Returns
     -------
@@ -179,13 +181,14 @@ subset_population, subset_generations
     """
     spec = QuantSpec(bpw=bpw, group_size=group_size, levels=LEVELS, reorder="none", method="awq", seed=seed,
                      block_rows=max(m.out_features for m in linear_modules(model).values()))
-    knobs = {"group_size": group_size, "n_windows": n_windows, "n_tokens": n_tokens, "n_initial": n_initial,
-             "iterations": iterations, "per_iteration": per_iteration, "population": population,
-             "generations": generations, "subset_population": subset_population,
-             "subset_generations": subset_generations}
     cost, shared = CostRecord(), found is not None
     if not shared:
-        found = search(model, windows, seed=seed, cost=cost, **knobs)
+        found = search(model, windows, seed=seed, group_size=group_size, n_windows=n_windows, n_tokens=n_tokens,
+                       n_initial=n_initial, iterations=iterations, per_iteration=per_iteration,
+                       population=population, generations=generations, subset_population=subset_population,
+                       subset_generations=subset_generations, cost=cost)
+    elif not isinstance(found, Search):
+        found = Search.load(found)
     _check_found(found, model, group_size)
     index, within = found.best(Fraction(repr(spec.bpw)) - Fraction(32, group_size), tolerance)
     plan = plan_of(spec, model, dict(zip(found.names, found.bits[index].tolist(), strict=True)))
@@ -193,7 +196,7 @@ subset_population, subset_generations
         quantize_model(model, plan, windows)
         stage.units = stage.full_units = len(plan)
     notes = {
-        "knobs": {**knobs, "tolerance": tolerance}, "search_shared": shared, "archive": len(found.bits),
+        "knobs": {**found.knobs, "group_size": group_size, "tolerance": tolerance}, "search_shared": shared, "archive": len(found.bits),
         "frozen": [name for name, frozen in zip(found.names, found.frozen, strict=True) if frozen],
         "sensitivities": dict(zip(found.names, found.sensitivities.tolist(), strict=True)),
         "wbits": plan.wbits, "divergence": float(found.divergences[index]), "within_tolerance": within,
