@@ -196,7 +196,8 @@ subset_population, subset_generations
         quantize_model(model, plan, windows)
         stage.units = stage.full_units = len(plan)
     notes = {
-        "knobs": {**found.knobs, "group_size": group_size, "tolerance": tolerance}, "search_shared": shared, "archive": len(found.bits),
+        "knobs": {**found.knobs, "group_size": group_size, "tolerance": tolerance},
+        "search_shared": shared, "archive": len(found.bits),
         "frozen": [name for name, frozen in zip(found.names, found.frozen, strict=True) if frozen],
         "sensitivities": dict(zip(found.names, found.sensitivities.tolist(), strict=True)),
         "wbits": plan.wbits, "divergence": float(found.divergences[index]), "within_tolerance": within,
