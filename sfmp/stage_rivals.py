@@ -14,7 +14,9 @@ from torch import nn
 
 from sfmp import baselines
 from sfmp.accounting import quantization_record, tensor_sizes
+from sfmp.baselines import amq
 from sfmp.baselines.bitstack_linear import level_bytes
+from sfmp.cost import CostRecord
 from sfmp.hf import save_checkpoint
 from sfmp.linear import StoredLinear
 from sfmp.salience import fisher_salience, linear_modules, load_salience
@@ -34,7 +36,7 @@ def quantize(job, model, windows, method: str, settings: Mapping, knobs: Mapping
     ----------
     job : sfmp.provenance.Run
         Its input ``salience``, if declared, is what the methods of `PLANNED` decide by; they compute Fisher
-        salience from `windows` if not.
+        salience from `windows` if not. Its input ``search``, if declared, is a search of AMQ to choose from.
     model : nn.Module
     windows : Tensor int64 [n, seqlen]
     method : str
@@ -54,6 +56,8 @@ def quantize(job, model, windows, method: str, settings: Mapping, knobs: Mapping
     if method in PLANNED:
         given = "salience" in job.inputs
         arguments["salience"] = load_salience(job.inputs["salience"]) if given else fisher_salience(model, windows)
+    if method == "amq" and "search" in job.inputs:
+        arguments["found"] = job.inputs["search"]
     return baselines.quantize(method.removeprefix(MIXED), model, windows, bpw, seed=seed, **arguments)
 
 
@@ -76,8 +80,28 @@ def knob_table(method: str, knobs: Mapping) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["knob", "used", "published", "reduced"], dtype=object)
 
 
-def cost_table(outcome) -> pd.DataFrame:
-    """What each stage of an outcome cost here, and what it would cost with the published knobs on this model.
+def search(model, windows, knobs: Mapping, seed: int = 0):
+    """Search of AMQ, which serves every budget.
+
+    Returns
+    -------
+    (sfmp.baselines.search_archive.Search, sfmp.cost.CostRecord)
+    """
+    cost = CostRecord()
+    effort = {name: value for name, value in knobs.items() if name != "tolerance"}  # that is of the choice afterwards
+    return amq.search(model, windows, seed=seed, cost=cost, **effort), cost
+
+
+def cost_rows(job, outcome) -> list[dict]:
+    """Stages of an outcome (:meth:`sfmp.cost.CostRecord.rows`), after those of the search it was given, if any:
+    what the method costs for one budget.
+    """
+    path = job.inputs["search_cost"] if "search_cost" in job.inputs else None
+    return [*(json.loads(path.read_text(encoding="utf-8"))["stages"] if path else []), *outcome.cost.rows()]
+
+
+def cost_table(rows: list[dict]) -> pd.DataFrame:
+    """What each stage cost here, and what it would cost with the published knobs on this model.
 
     Returns
     -------
@@ -85,7 +109,7 @@ def cost_table(outcome) -> pd.DataFrame:
         Columns `stage, unit, units, unit_seconds, full_units, unit_scale` (how much dearer a unit is then) and
         `full_seconds`, their product.
     """
-    frame = pd.DataFrame(outcome.cost.rows())
+    frame = pd.DataFrame(rows)
     frame["unit_seconds"] = frame.wall_seconds / frame.units.where(frame.units > 0, 1)
     return frame[["stage", "unit", "units", "unit_seconds", "full_units", "unit_scale", "full_seconds"]]
 

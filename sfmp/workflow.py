@@ -64,6 +64,7 @@ NOTEBOOKS = {
     "packing": ("06_packing", ()),
     "lut_gemm": ("07_lut_gemm", ()),
     "model_integration": ("08_model_integration", ()),
+    "search": ("10_search", ("model", "knobs")),
     "rival": ("11_rivals", ("run", "model", "method", "settings", "knobs")),
     "evaluation": ("09_evaluation", ("run", "model", "tasks", "seqlen")),
     "e1": ("e1_accuracy", ()),
@@ -134,6 +135,13 @@ class Rules:
         path = f"{self.design.results}/salience/{self.model(wildcards)}.{source}.safetensors"
         return {} if source == "-" else {"salience": path}
 
+    def search(self, wildcards) -> dict[str, str]:
+        """The search that a row of AMQ takes its bits from, and what it cost."""
+        if self.design.runs[wildcards.run]["method"] != "amq":
+            return {}
+        results, model = self.design.results, self.model(wildcards)
+        return {"search": f"{results}/search/{model}.json", "search_cost": f"{results}/timing/search/{model}.json"}
+
     def checkpoint(self, wildcards) -> dict[str, str]:
         """Checkpoint of a quantized run; nothing for the control."""
         quantized = wildcards.run in self.design.quantized
@@ -157,8 +165,9 @@ class Rules:
     def executed(self) -> list[str]:
         """Logs that become pages: every executed notebook, of the salience the showcase's."""
         design, stems = self.design, []
-        several = {"quantization": design.planned, "rival": design.rivals, "evaluation": design.runs,
-                   "calibration": design.models, "salience": [f"{design.showcase_model}.fisher"]}
+        searched = dict.fromkeys(row["model"] for row in design.runs.values() if row["method"] == "amq")
+        several = {"calibration": design.models, "salience": [f"{design.showcase_model}.fisher"], "search": searched,
+                   "quantization": design.planned, "rival": design.rivals, "evaluation": design.runs}
         for rule in NOTEBOOKS:
             stems += [f"{rule}/{one}" for one in several[rule]] if rule in several else [rule]
         return [self.logs(stem)["notebook"] for stem in stems]
@@ -179,6 +188,7 @@ def _notebook_json(design: Design, rule: str, wildcards, input, output) -> str:
     run = getattr(wildcards, "run", design.showcase)
     row = design.runs[run]
     model = getattr(wildcards, "model", row["model"])
+    rival = "amq" if rule == "search" else row["method"].removeprefix("sfmp-")
     available = {
         "run": run,
         "model": design.models[model]["source"],
@@ -187,7 +197,7 @@ def _notebook_json(design: Design, rule: str, wildcards, input, output) -> str:
         "spec": None if row["method"] in (FP, *RIVALS) else run_spec(row).to_dict(),
         "budget": row["budget"],
         "settings": rival_settings(row) if row["method"] in RIVALS else {},
-        "knobs": design.knobs.get(row["method"].removeprefix("sfmp-"), {}),
+        "knobs": design.knobs.get(rival, {}),
         "tasks": design.config["tasks"] if row["tasks"] == "yes" else [],
         "n_windows": design.config["n_windows"],
         "seqlen": design.config["seqlen"],

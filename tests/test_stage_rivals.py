@@ -1,5 +1,6 @@
 """A run of a rival: settings and knobs reach the method, checkpoints load, records count what was saved."""
 
+import copy
 import json
 
 import numpy as np
@@ -107,12 +108,26 @@ def test_knobs_stand_beside_the_published_ones():
 
 
 def test_costs_are_extrapolated_by_the_count_and_the_size_of_a_unit():
-    outcome = baselines.outcome.Outcome(None, 3.0, 0, CostRecord())
-    with outcome.cost.stage("search", unit="model evaluation") as stage:
+    cost = CostRecord()
+    with cost.stage("search", unit="model evaluation") as stage:
         stage.units, stage.full_units, stage.unit_scale = 4, 40, 2.0
-    outcome.cost.stages["search"].wall_seconds = 8.0
-    row = stage_rivals.cost_table(outcome).iloc[0]
+    cost.stages["search"].wall_seconds = 8.0
+    row = stage_rivals.cost_table(cost.rows()).iloc[0]
     assert (row.unit_seconds, row.full_seconds) == (2.0, 160.0)
+
+
+def test_one_search_of_amq_serves_a_run_and_is_counted_in_it(tiny_llama, windows, job, tmp_path):
+    found, cost = stage_rivals.search(tiny_llama, windows, REDUCED["amq"], seed=3)
+    found.save(tmp_path / "search.json")
+    (tmp_path / "cost.json").write_text(json.dumps({"stages": cost.rows()}))
+    inputs = {"search": str(tmp_path / "search.json"), "search_cost": str(tmp_path / "cost.json")}
+    given = start("11_rivals", {"out": {}, "inputs": inputs})
+    alone = stage_rivals.quantize(job, copy.deepcopy(tiny_llama), windows, "amq", {"bpw": 3.3}, REDUCED["amq"], 3)
+    outcome = stage_rivals.quantize(given, tiny_llama, windows, "amq", {"bpw": 3.3}, REDUCED["amq"], 3)
+    assert outcome.plan.hash == alone.plan.hash
+    assert [row["stage"] for row in outcome.cost.rows()] == ["quantization"]
+    stages = [row["stage"] for row in stage_rivals.cost_rows(given, outcome)]
+    assert stages == [row["stage"] for row in stage_rivals.cost_rows(job, alone)]
 
 
 @pytest.mark.parametrize("gap, reached", [(0.0, True), (0.004, True), (0.006, False), (-0.001, False)])

@@ -76,7 +76,16 @@ def test_a_rival_gets_its_settings_its_knobs_and_only_the_inputs_it_uses():
     assert sent["full"]["method"] == "sfmp-efficient_qat"
     rules = workflow.Rules(load_design(CONFIG, ROOT / "config"))
     assert rules.salience(run) == {"salience": "results/embedded/salience/embedded.fisher.safetensors"}
-    assert rules.salience(SimpleNamespace(run="embedded.amq.bpw3.00.g128")) == {}
+    amq = SimpleNamespace(run="embedded.amq.bpw3.00.g128")
+    assert rules.salience(amq) == rules.search(run) == {}
+    searched = {"search": "results/embedded/search/embedded.json"}
+    assert rules.search(amq) == {**searched, "search_cost": "results/embedded/timing/search/embedded.json"}
+
+
+def test_the_search_gets_the_knobs_of_amq():
+    design = load_design(CONFIG, ROOT / "config")
+    sent = json.loads(workflow.notebook_params(design, "search")(SimpleNamespace(model="embedded"), Named(), Named()))
+    assert sent["knobs"] == design.knobs["amq"] and sent["model"] == "embedded"
 
 
 def test_a_run_belongs_to_one_rule():
@@ -207,6 +216,7 @@ def test_dry_run_plans_every_run_once(checkout, tier):
     assert planned["quantization"] == len(design.planned)
     assert planned.get("rival", 0) == len(design.rivals)
     assert planned["calibration"] == len(design.models)
+    assert planned.get("search", 0) == len({row["model"] for row in design.runs.values() if row["method"] == "amq"})
     sources = {(row["model"], row["salience"]) for row in design.runs.values() if row["salience"] != "-"}
     assert planned["salience"] == len(sources)
     assert {"e1", "e3", "e5", "e9", "overview", "html", "report", "summary"} <= set(planned)
