@@ -18,7 +18,7 @@ import torch
 
 from sfmp.apply import quantize_model
 from sfmp.baselines.outcome import Outcome, stored_bytes
-from sfmp.baselines.slim_bits import SampledStats, candidates, group_salience, search_bits
+from sfmp.baselines.slim_bits import Exchanges, SampledStats, candidates, group_salience
 from sfmp.baselines.slim_scales import calibrated_parameters
 from sfmp.baselines.uniform import uniform_plan
 from sfmp.checks import SfmpError, integer
@@ -60,8 +60,8 @@ def quantize(model, windows, bpw, *, seed=0, group_size=128, n_windows=FULL_WIND
     Returns
     -------
     Outcome
-        Stages ``hessian`` (the walk through the layers, packing included), ``bit search (SBA)`` and ``column
-        update (SQC + GPTQ)``.  Notes: ``matrices`` holds bits, divergences and the rest per matrix,
+        Stages ``hessian`` (the walk through the layers, packing included), ``column update (SQC + GPTQ)`` and
+        ``bit search (SBA)``.  Notes: ``matrices`` holds bits, divergences and the rest per matrix,
         ``with_choice`` counts those with enough groups for a search.
 
     Raises
@@ -123,15 +123,20 @@ class _Run:
 
     def solve(self, weight, stats, matrix, spec):
         """Bits of the groups, then their codes; see sfmp.solvers for the arguments."""
-        stage = self._enter("bit search (SBA)", "candidate x window")
+        # What is done once per matrix stays out of the search: its cost is extrapolated by candidates and windows.
+        self._enter("column update (SQC + GPTQ)", "matrix").units += 1
         current, factor = compensation(weight, stats, matrix)
         salience = group_salience(current, factor, spec.group_size)
-        bits, divergences = search_bits(current, salience, stats.kept, self.base, spec.group_size)
-        stage.units += len(divergences) * self.sba_windows
-        self._enter("column update (SQC + GPTQ)", "matrix").units += 1
+        exchanges = Exchanges(current, salience, self.base, spec.group_size)
+        search = self._enter("bit search (SBA)", "candidate x window")
+        divergences = exchanges.divergences(stats.kept)
+        search.units += len(divergences) * self.sba_windows
+        p = int(np.argmin(divergences)) if divergences else 0  # ties go to the smaller p
+        bits = exchanges.bits(p)
+        self._enter("column update (SQC + GPTQ)", "matrix")
         quantized = round_columns(current, factor, bits[None], spec, self.choose)
         self._enter("hessian", "model evaluation")
-        stats.notes.update(group_bits=bits.tolist(), p=int((bits > self.base).sum()), divergences=divergences)
+        stats.notes.update(group_bits=bits.tolist(), p=p, divergences=divergences)
         return quantized
 
 
