@@ -266,8 +266,9 @@ def test_budget_is_met_from_below():
     model = llama()
     outcome = efficient_qat.quantize(model, windows(1), 3.7, group_size=32, epochs=0, e2e_epochs=0)
     assert outcome.bpw == 3.0 and outcome.notes["knobs"]["lr_weights"] == 2e-5
-    outcome = efficient_qat.quantize(llama(), windows(1), 4.0, group_size=32, epochs=0, e2e_epochs=0)
+    outcome = efficient_qat.quantize(llama(), windows(1), 4.0, group_size=32, epochs=0, e2e_epochs=0, lr_quant=(1, 2))
     assert outcome.bpw == 4.0 and outcome.notes["knobs"]["lr_weights"] == 1e-5
+    assert outcome.notes["knobs"]["lr_quant"] == 2.0 and outcome.notes["knobs"]["e2e_lr"] == 2e-5
 
 
 @pytest.mark.parametrize(("bpw", "knobs", "message"), [
@@ -275,6 +276,7 @@ def test_budget_is_met_from_below():
     (3.0, {"epochs": -1}, "epochs: expected an integer >= 0"),
     (3.0, {"batch_size": 0}, "batch_size: expected"),
     (3.0, {"lr_quant": 0.0}, "lr_quant: expected a positive number"),
+    (3.0, {"e2e_lr": (1e-3, 0.0)}, "e2e_lr: expected a positive number or a pair"),
     (3.0, {"lr_weights": "big"}, "lr_weights: expected a positive number"),
     (3.0, {"mixed": True, "salience": "guess"}, "salience: expected one of"),
     (3.0, {"plan": "plan"}, "plan: expected a Plan"),
