@@ -97,7 +97,6 @@ def test_knobs_are_those_of_the_method_and_full_is_its_default(method):
     full = {row["knob"]: json.loads(row["full"]) for row in rows}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in parameters(method).items()}
     assert full == plain
-    assert all(type(json.loads(row["embedded"])) in (type(full[row["knob"]]), int, float) for row in rows)
 
 
 def test_one_switch_chooses_the_knobs():
