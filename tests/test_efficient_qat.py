@@ -182,15 +182,12 @@ def test_bytes_are_exact_and_the_checkpoint_loads(trained, tmp_path):
     rows = tensor_sizes(tmp_path / "saved")
     kept = rows[rows.part.isin(["planes", "alpha", "beta"]) & rows.module.isin(quantized_layers(model))]
     assert outcome.stored_bytes == kept.bytes.sum() + len(quantized_layers(model))  # one byte of bits per matrix
-    groups = sum(n * -(-k // 32) for n, k in shapes(model))
-    assert outcome.stored_bytes == groups * 32 * 2 // 8 + groups * 4 + len(shapes(model))
+    shapes = [(layer.out_features, layer.in_features) for layer in quantized_layers(model).values()]
+    groups = sum(n * -(-k // 32) for n, k in shapes)
+    assert outcome.stored_bytes == groups * 32 * 2 // 8 + groups * 4 + len(shapes)
     assert outcome.bpw == 3.0 and outcome.stored_bytes == sum(stored_bytes(model).values())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(loaded, windows(1)), logits(model, windows(1)))
-
-
-def shapes(model):
-    return [(layer.out_features, layer.in_features) for layer in quantized_layers(model).values()]
 
 
 def test_same_seed_same_model(trained):
