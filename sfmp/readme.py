@@ -59,7 +59,8 @@ def results_block(reference: Path) -> str:
             "",
             "Claims (" + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "); "
             "rules: [config/claims.tsv](config/claims.tsv), all verdicts: "
-            "[claims.csv](results/reference/embedded/claims.csv). Below: every claim of the paper, and those of ours that did not come out as expected.",
+            "[claims.csv](results/reference/embedded/claims.csv). Below: every claim of the "
+            "paper, and those of ours that did not come out as expected.",
             "",
             "| claim | what the paper (or, where marked ours, this replication) says | measured | verdict |",
             "|---|---|---|---|",
