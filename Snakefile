@@ -109,11 +109,14 @@ rule reordering:
     shell: RUN_NOTEBOOK
 
 use rule reordering as allocation with:
-    input: notebook=shared.notebook("allocation"), salience=f"{R}/salience/{MODEL}.fisher.safetensors"
+    input:
+        notebook=shared.notebook("allocation"), windows=f"{R}/windows/{MODEL}.calibration.safetensors",
+        salience=f"{R}/salience/{MODEL}.fisher.safetensors", guided=f"{R}/salience/{MODEL}.guided.safetensors",
     output:
         allocation=table("allocation"), allocation_oracle=table("allocation_oracle"),
         mlp_experiment=table("mlp_experiment"), bit_map=figure("bit_map"), bits_by_layer=figure("bits_by_layer"),
-        mlp_curves=figure("mlp_curves"), oracle_seconds=f"{R}/timing/allocation_oracle.csv",
+        mlp_curves=figure("mlp_curves"), guided_agreement=table("guided_agreement"),
+        oracle_seconds=f"{R}/timing/allocation_oracle.csv",
     log: **shared.logs("allocation")
     params: **shared.params("allocation")
 

@@ -115,6 +115,18 @@ def within_ratio(tables, *, table, better, worse, limit, metric="perplexity"):
     return outcome(verdict, f"{good}/{len(ratio)} within {100 * limit:g} %; {shown}")
 
 
+def at_least(tables, *, table, column, limit, where):
+    """Is `column` at least `limit` in every row of `where`? direction-only if on average."""
+    frame = rows(tables.get(table, pd.DataFrame()), where)
+    values = frame[column].dropna() if column in frame else pd.Series(dtype=float)
+    if values.empty:
+        return outcome("not-run", "", f"{table} has no {column} of {', '.join(map(_text, where.values()))}")
+    good = int((values >= limit).sum())
+    verdict = "replicated" if good == len(values) else "direction-only" if values.mean() >= limit else "not-replicated"
+    shown = f"mean {values.mean():.3f}, lowest {values.min():.3f}"
+    return outcome(verdict, f"{good}/{len(values)} at least {limit:g}; {shown}")
+
+
 def not_beaten(tables, *, table, name, among, keys, spare, metric="loss"):
     """Is no other method more than the share `spare` below `name`, in any case (every combination of `keys`)?"""
     frame = tables.get(table, pd.DataFrame())
@@ -211,7 +223,7 @@ def needs_grow(tables, *, table, axis, ours, rivals, column="needed_exponent"):
 RULES = {
     rule.__name__: rule
     for rule in (
-        not_worse_in_bytes, order_kept, lead_at_low_bits, best_of, within_ratio, not_beaten, gap_closed, never_above,
-        control_last, at_least_times, needs_grow,
+        not_worse_in_bytes, order_kept, lead_at_low_bits, best_of, within_ratio, at_least, not_beaten, gap_closed,
+        never_above, control_last, at_least_times, needs_grow,
     )
 }

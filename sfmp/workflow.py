@@ -45,7 +45,7 @@ SOURCES = ("fisher", "magnitude", "activation", "guided", "random")
 TABLES = (
     "e1_main", "e1_bytes", "e3_reorder", "e3_block", "e3_group", "e3_levels", "e3_salience", "e3_objective", "e3_scope",
     "e3_granularity", "e3_guided", "e3_quantizer", "packing", "lut_gemm", "integration", "concentration", "allocation",
-    "allocation_oracle", "mlp_experiment",
+    "allocation_oracle", "mlp_experiment", "guided_agreement",
 )
 FIGURES = (
     "overview", "salience_before_after", "bit_map", "bits_by_layer", "accuracy_vs_bpw", "perplexity_vs_bpw",
@@ -73,9 +73,13 @@ NOTEBOOKS = {
     "e9": ("e9_claims", ()),
 }
 COMMON = ("out", "inputs", "seed", "tier")
+# papermill without an optional checker of IRIs that jsonschema would import: half of papermill's start-up, in every job.
+PAPERMILL = (
+    "python -c \"import sys; sys.modules['rfc3987_syntax'] = None; from papermill.__main__ import papermill; papermill()\""
+)
 RUN_NOTEBOOK = (
-    "IPYTHONDIR={resources.tmpdir:q}/sfmp-ipython papermill {input.notebook:q} {log.notebook:q} -y {params.nb:q} "
-    "-k python3 --no-progress-bar > {log.text:q} 2>&1"
+    f"IPYTHONDIR={{resources.tmpdir:q}}/sfmp-ipython {PAPERMILL} {{input.notebook:q}} {{log.notebook:q}} "
+    "-y {params.nb:q} -k python3 --no-progress-bar > {log.text:q} 2>&1"
 )
 
 

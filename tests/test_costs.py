@@ -14,11 +14,11 @@ from sfmp.checks import SfmpError  # noqa: E402
 from sfmp.cost import Stage  # noqa: E402
 
 RUNS = [
-    ("m.awq", "main", "awq", 3.25, "fisher"),
-    ("m.amq.a", "main", "amq", 2.5, "-"),
-    ("m.amq.b", "main", "amq", 3.25, "-"),
-    ("m.sfmp", "main", "sfmp-awq", 3.25, "fisher"),
-    ("m.other", "reorder", "sfmp-rtn", 3.25, "fisher"),
+    ("m.awq", "main", "awq", 3.5, "fisher"),
+    ("m.amq.a", "main", "amq", 3.25, "-"),
+    ("m.amq.b", "main", "amq", 3.5, "-"),
+    ("m.sfmp", "main", "sfmp-awq", 3.5, "fisher"),
+    ("m.other", "reorder", "sfmp-rtn", 3.5, "fisher"),
 ]
 
 
