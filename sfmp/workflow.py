@@ -73,9 +73,10 @@ NOTEBOOKS = {
     "e9": ("e9_claims", ()),
 }
 COMMON = ("out", "inputs", "seed", "tier")
-# papermill without an optional checker of IRIs that jsonschema would import: half of papermill's start-up, in every job.
+# papermill without a checker of IRIs that jsonschema would import: half of papermill's start-up, in every job.
 PAPERMILL = (
-    "python -c \"import sys; sys.modules['rfc3987_syntax'] = None; from papermill.__main__ import papermill; papermill()\""
+    "python -c \"import sys; sys.modules['rfc3987_syntax'] = None; "
+    "from papermill.__main__ import papermill; papermill()\""
 )
 RUN_NOTEBOOK = (
     f"IPYTHONDIR={{resources.tmpdir:q}}/sfmp-ipython {PAPERMILL} {{input.notebook:q}} {{log.notebook:q}} "
