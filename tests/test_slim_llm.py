@@ -47,7 +47,6 @@ def _compensation(weight, inputs, dtype=torch.float64):
 
 
 # Brute force
-
 def _damped_inverse(inputs):
     hessian = 2.0 / len(inputs) * inputs.T @ inputs
     return np.linalg.inv(hessian + 0.01 * np.diag(hessian).mean() * np.eye(len(hessian)))
@@ -65,7 +64,7 @@ def _naive_salience(weight, inputs):
     return sums
 
 
-def _naive_search(weight, salience, inputs, base):
+def _naive_search(weight, salience, inputs, base, kl="quantized"):
     """Quantize the whole matrix for every p, and compare the softmax of its outputs token by token."""
     groups, whole = len(salience), weight.shape[1] // GROUP
     ranked = sorted(range(whole), key=lambda group: salience[group])
@@ -76,9 +75,9 @@ def _naive_search(weight, salience, inputs, base):
             bits[group] += (group in ranked[whole - p :]) - (group in ranked[:p])
         rounded, loss = naive.quantize_blocks(weight, np.array([bits]), GROUP, len(weight)), 0.0
         for x in inputs:
-            true, approximate = np.exp(weight @ x), np.exp(rounded @ x)
-            true, approximate = true / true.sum(), approximate / approximate.sum()
-            loss += (true * np.log(true / approximate)).sum() / len(inputs)
+            true, found = (values / values.sum() for values in (np.exp(weight @ x), np.exp(rounded @ x)))
+            a, b = (found, true) if kl == "quantized" else (true, found)
+            loss += (a * np.log(a / b)).sum() / len(inputs)
         losses.append(loss)
         maps.append(bits)
     return maps, losses
@@ -121,7 +120,6 @@ def _naive_slim(weight, inputs, bits, steps, spread, lam):
 
 
 # Decisions
-
 @pytest.mark.parametrize("columns, seed", [(128, 0), (256, 1), (170, 2), (64, 3)])
 def test_salience_of_groups(columns, seed):
     weight, inputs = _case(6, columns, seed, 3 * columns)
@@ -129,23 +127,25 @@ def test_salience_of_groups(columns, seed):
     assert np.allclose(group_salience(current, factor, GROUP), _naive_salience(weight, inputs), rtol=1e-6)
 
 
+@pytest.mark.parametrize("kl", ["quantized", "original"])
 @pytest.mark.parametrize("columns, base, seed", [
     (256, 2, 0), (256, 2, 1), (224, 3, 2), (200, 2, 3), (200, 3, 4), (320, 2, 5), (96, 2, 6), (20, 2, 7),
 ])
-def test_bit_search_is_brute_force(columns, base, seed):
+def test_bit_search_is_brute_force(columns, base, seed, kl):
     weight, inputs = _case(10, columns, seed)
     salience = _naive_salience(weight, inputs)
     samples = [torch.tensor(part, dtype=torch.float32) for part in (inputs[:70], inputs[70:])]
-    exchanges = Exchanges(torch.tensor(weight, dtype=torch.float32), salience, base, GROUP)
+    exchanges = Exchanges(torch.tensor(weight, dtype=torch.float32), salience, base, GROUP, kl)
     losses = exchanges.divergences(samples)
-    maps, expected = _naive_search(weight, salience, inputs, base)
+    maps, expected = _naive_search(weight, salience, inputs, base, kl)
     assert [exchanges.bits(p).tolist() for p in range(exchanges.count)] == maps
     assert np.allclose(losses, expected, rtol=1e-3) if len(maps) > 1 else losses == []
 
 
 def test_the_cases_of_the_search_differ_in_their_answer():
     cases = [_case(10, 256, seed) for seed in range(6)]
-    assert {int(np.argmin(_naive_search(w, _naive_salience(w, x), x, 2)[1])) for w, x in cases} == {0, 1, 2, 3}
+    losses = [_naive_search(w, _naive_salience(w, x), x, 2, "original")[1] for w, x in cases]
+    assert set(np.argmin(losses, 1).tolist()) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("columns", [*range(20, 400, 36), 32 * 7, 32 * 8])
@@ -215,11 +215,11 @@ def _contrast(model):
 
 
 def test_without_search_it_is_uniform_gptq(tiny_llama, windows):
-    plain, ours = copy.deepcopy(tiny_llama), tiny_llama
+    plain = copy.deepcopy(tiny_llama)
     uniform.gptq(plain, windows, 3.0, group_size=GROUP)
-    outcome = quantize(ours, windows, 3.0, group_size=GROUP, sba_windows=0, sqc_steps=0)
+    outcome = quantize(tiny_llama, windows, 3.0, group_size=GROUP, sba_windows=0, sqc_steps=0)
     expected = plain.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
+    assert all(torch.equal(value, expected[name]) for name, value in tiny_llama.state_dict().items())
     assert outcome.cost.stages["bit search (SBA)"].units == 0
 
 
@@ -272,6 +272,7 @@ def test_deterministic_and_json_able(tiny_llama, windows):
         outcome = quantize(model, windows.numpy(), 3.0, seed=seed, group_size=GROUP, sqc_steps=2)
         runs.append((model.state_dict(), json.dumps(outcome.notes)))
     assert runs[0][1] == runs[1][1] and '"sqc_steps": 2' in runs[0][1]
+    assert '"n_windows": 5, "sba_windows": 5, "sba_tokens": 24' in runs[0][1]  # what there was, not the published
     assert all(torch.equal(value, runs[1][0][name]) for name, value in runs[0][0].items())
 
 
@@ -290,7 +291,7 @@ def test_half_precision(tiny_llama, windows):
     (3.0, {"sba_windows": 1.5}, "sba_windows: expected an integer"),
     (3.0, {"sba_tokens": 0}, "sba_tokens: expected an integer >= 1"),
     (3.0, {"sqc_range": 1.0}, "sqc_range"),
-    (3.0, {"lam": float("nan")}, "lam: expected a finite number"),
+    (3.0, {"lam": float("nan")}, "lam: expected a finite"), (3.0, {"kl": "both"}, "kl: expected one of quant"),
 ])
 def test_bad_input_is_named(tiny_llama, windows, bpw, knobs, message):
     with pytest.raises(SfmpError, match=message):

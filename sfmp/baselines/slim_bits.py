@@ -101,6 +101,8 @@ class Exchanges:
     base : int
         Mean bits, 2..7.
     group_size : int
+    kl : str
+        Direction of the divergence, a key of `DIRECTIONS`.
 
     Notes
     -----
@@ -109,7 +111,8 @@ class Exchanges:
     the same numbers for a fraction of the published cost.
     """
 
-    def __init__(self, weight, salience, base: int, group_size: int):
+    def __init__(self, weight, salience, base: int, group_size: int, kl: str = "quantized"):
+        self.direction = DIRECTIONS[kl]
         self.weight, self.base, self.groups = weight, base, len(salience)
         self.count = candidates(weight.shape[1], group_size)
         self.order = np.argsort(salience[: weight.shape[1] // group_size], kind="stable")
@@ -138,9 +141,9 @@ class Exchanges:
 
         Notes
         -----
-        Source: METHOD.md 2.3.  The divergence of a token is ``KL(softmax(x Wᵀ) || softmax(x W_qᵀ))``: what is
-        lost when the quantized outputs stand for the true ones.  METHOD writes the two the other way round;
-        this way gives the lower perplexity on the embedded model, and a rival gets the benefit of the doubt.
+        Source: METHOD.md 2.3.  As published the divergence of a token is ``KL(softmax(x W_qᵀ) || softmax(x Wᵀ))``,
+        `kl` ``"quantized"``.  The other way round, ``"original"``, is what is lost when the quantized outputs
+        stand for the true ones; it gives the lower perplexity on the embedded model.
         """
         if self.count == 1 or not inputs:
             return []
@@ -148,21 +151,30 @@ class Exchanges:
         for sample in inputs:
             x = sample.reshape(-1, sample.shape[-1])
             target = torch.log_softmax(x @ self.weight.T, -1)
-            probability = target.exp()
+            probability = target.exp()  # once for all candidates
             outputs = x @ self.uniform.T
-            totals[0] += divergence(outputs, target, probability)
+            totals[0] += self.direction(outputs, target, probability)
             for p, pair in enumerate(self.changes, 1):
                 for columns, change in pair:
                     outputs.addmm_(x[:, columns], change)
-                totals[p] += divergence(outputs, target, probability)
+                totals[p] += self.direction(outputs, target, probability)
             tokens += len(x)
         return [float(total) / tokens for total in totals]
 
 
-def divergence(outputs, target, probability) -> float:
+def from_original(outputs, target, probability) -> float:
     """Sum over tokens of KL(probability || softmax(outputs)), all [T, N]; `target` is log(probability)."""
     difference = target - torch.log_softmax(outputs, -1)
     return float(torch.linalg.vecdot(probability, difference).sum(dtype=torch.float64))
+
+
+def from_quantized(outputs, target, probability) -> float:
+    """Sum over tokens of KL(softmax(outputs) || probability); the arguments of :func:`from_original`."""
+    found = torch.log_softmax(outputs, -1)
+    return float(torch.linalg.vecdot(found.exp(), found - target).sum(dtype=torch.float64))
+
+
+DIRECTIONS = {"quantized": from_quantized, "original": from_original}  # by whose probabilities are the weights
 
 
 def _rounded(weight, bits, group_size):
