@@ -194,6 +194,9 @@ def _notebook_json(design: Design, rule: str, wildcards, input, output) -> str:
     row = design.runs[run]
     model = getattr(wildcards, "model", row["model"])
     rival = "amq" if rule == "search" else row["method"].removeprefix("sfmp-")
+    seeded = row if hasattr(wildcards, "run") else None  # the row whose seed a run has
+    if rule == "search":  # it serves the model's runs of AMQ, which refuse a search with another seed than theirs
+        seeded = next((r for r in design.runs.values() if (r["method"], r["model"]) == (rival, model)), None)
     available = {
         "run": run,
         "model": design.models[model]["source"],
@@ -212,7 +215,7 @@ def _notebook_json(design: Design, rule: str, wildcards, input, output) -> str:
             for name, value in input.items()
             if name != "notebook"
         },
-        "seed": int(row["seed"]) if hasattr(wildcards, "run") else design.config["seed"],
+        "seed": design.config["seed"] if seeded is None else int(seeded["seed"]),
         "tier": design.tier,
     }
     return json.dumps({name: available[name] for name in (*COMMON, *NOTEBOOKS[rule][1])})

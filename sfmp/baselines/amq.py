@@ -74,8 +74,7 @@ def search(model, windows, *, seed=0, group_size=128, n_windows=128, n_tokens=20
              "subset_population": (subset_population, 2), "subset_generations": (subset_generations, 1)}
     for name, (value, low) in sizes.items():
         integer(name, value, low)
-    knobs = {"n_windows": n_windows, "n_tokens": n_tokens, **{name: value for name, (value, _) in sizes.items()},
-             "seed": seed}
+    knobs = {name: value for name, (value, _) in sizes.items()}
     cost, rng = cost or CostRecord(), np.random.default_rng(seed)
     with ProxyModel(model, windows, LEVELS, group_size, n_windows, n_tokens) as proxy:
         scale = FULL_TOKENS / proxy.windows.numel()
@@ -88,8 +87,10 @@ def search(model, windows, *, seed=0, group_size=128, n_windows=128, n_tokens=20
             sensitivities = np.array([proxy.divergence(design) for design in designs])
             stage.units = stage.full_units = len(designs) + 1  # the full-precision logits are one more
             stage.evaluations, stage.unit_scale = stage.units * len(proxy.windows), scale
+        used = dict(zip(("n_windows", "n_tokens"), proxy.windows.shape, strict=True))  # there may be fewer than asked
+        used = {**used, **knobs, "seed": seed}
         found = Search(proxy.names, proxy.weights, sensitivities,
-                       sensitivities > FROZEN_ABOVE * np.median(sensitivities), int(group_size), knobs)
+                       sensitivities > FROZEN_ABOVE * np.median(sensitivities), int(group_size), used)
         found.add(designs[~found.frozen], sensitivities[~found.frozen])
 
         def evaluate(proposals):
@@ -177,7 +178,8 @@ subset_population, subset_generations
     Raises
     ------
     SfmpError
-        If the budget is outside what the search can reach, or `found` is of another model.
+        If the budget is outside what the search can reach, or `found` is of another model, group size
+        or seed.
     """
     spec = QuantSpec(bpw=bpw, group_size=group_size, levels=LEVELS, reorder="none", method="awq", seed=seed,
                      block_rows=max(m.out_features for m in linear_modules(model).values()))
@@ -189,7 +191,7 @@ subset_population, subset_generations
                        subset_generations=subset_generations, cost=cost)
     elif not isinstance(found, Search):
         found = Search.load(found)
-    _check_found(found, model, group_size)
+    _check_found(found, model, group_size, seed)
     index, within = found.best(Fraction(repr(spec.bpw)) - Fraction(32, group_size), tolerance)
     plan = plan_of(spec, model, dict(zip(found.names, found.bits[index].tolist(), strict=True)))
     with cost.stage("quantization", unit="matrix") as stage:
@@ -227,7 +229,7 @@ def plan_of(spec, model, bits) -> Plan:
     return Plan(spec, matrices)
 
 
-def _check_found(found, model, group_size):
+def _check_found(found, model, group_size, seed):
     shapes = {name: linear.weight.numel() for name, linear in linear_modules(model).items()}
     if dict(zip(found.names, found.weights.tolist(), strict=True)) != shapes:
         raise SfmpError(f"found: expected a search of this model ({len(shapes)} linears), found one of "
@@ -235,3 +237,6 @@ def _check_found(found, model, group_size):
     if found.group_size != group_size:
         raise SfmpError(f"found: expected a search at group_size {group_size}, found {found.group_size}; "
                         "search again")
+    if found.knobs.get("seed", seed) != seed:
+        raise SfmpError(f"found: expected a search with seed {seed}, as this run has, found one with seed "
+                        f"{found.knobs['seed']}; search again or pass that seed")

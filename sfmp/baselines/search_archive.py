@@ -140,11 +140,19 @@ class Search:
                 raise SfmpError(f"{path}: expected a search of format_version 1, found {data['format_version']}")
             found = cls(data["names"], data["weights"], data["sensitivities"], data["frozen"], data["group_size"],
                         data["knobs"])
+            if any(len(row) != len(found.names) for row in data["bits"]):
+                raise SfmpError(f"{path}: expected designs of {len(found.names)} linears each, found others; the file "
+                                "was altered, search again")
             found.add(data["bits"], data["divergences"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except SfmpError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:  # not JSON, parts missing, or rows of unequal length
             raise SfmpError(f"{path}: expected a file of Search.save, found another ({error}); "
                             "search again") from error
         if not len(found.weights) == len(found.sensitivities) == len(found.frozen) == len(found.names):
             raise SfmpError(f"{path}: expected {len(found.names)} weights, sensitivities and frozen flags; the file "
                             "was altered, search again")
+        if len(found.bits) != len(found.divergences):
+            raise SfmpError(f"{path}: expected as many divergences as designs, found {len(found.divergences)} and "
+                            f"{len(found.bits)}; the file was altered, search again")
         return found
