@@ -72,6 +72,10 @@ def test_a_rival_goes_from_a_row_to_a_checkpoint_and_a_record(method, tiny_llama
     assert record["bpw"] <= settings["bpw"] + 1e-9
     assert record["model_bytes"] == tensor_sizes(folder).bytes.sum()
     assert json.loads(record["knobs"]).items() >= {k: v for k, v in REDUCED[method].items() if k != "n_windows"}.items()
+    if method == "slim_llm":  # of the matrices only down_proj has enough groups of 32
+        assert json.loads(record["knobs"])["with_choice"] == "2/14"
+    if method == "scalebits":  # a block of 16 x 32 by one level
+        assert record["bpw_tolerance"] == pytest.approx(16 * 32 / weights)
     if method != "amq":  # whether its search comes within its tolerance is chance on a model this small
         assert record["reached"], record
 
@@ -105,6 +109,22 @@ def test_knobs_stand_beside_the_published_ones():
     assert not table.loc["lam", "reduced"]
     mixed = stage_rivals.knob_table("sfmp-efficient_qat", {"e2e_windows": 64})
     assert mixed.published.tolist() == [4096]
+    ours = stage_rivals.knob_table("scalebits", {"rounds": 10, "refresh_windows": 8})
+    assert ours.published.tolist() == ["10 (ours)", "– (ours)"] and ours.reduced.tolist() == [False, True]
+
+
+def test_fewer_or_shorter_windows_count_as_reduced():
+    windows = torch.zeros(64, 512, dtype=torch.int64)
+    full = {"n_windows": 128, "sba_windows": 128, "sba_tokens": None, "sqc_steps": 50}
+    table = stage_rivals.knob_table("slim_llm", full, windows).set_index("knob")
+    assert table.loc["n_windows"].tolist() == [64, 128, True]
+    assert table.loc["sba_tokens"].tolist() == [512, None, True]
+    assert table.loc["sqc_steps"].tolist() == [50, 50, False]
+    assert table.loc["tokens of a window"].tolist() == [512, 2048, True]
+    assert stage_rivals.knob_table("amq", {"n_windows": 4, "n_tokens": 2048}, windows).used.tolist() == [4, 512]
+    assert stage_rivals.knob_table("scalebits", {"refresh_windows": None}, windows).reduced.tolist() == [False]
+    long = stage_rivals.knob_table("slim_llm", full, torch.zeros(128, 2048, dtype=torch.int64))
+    assert not long.reduced.any()
 
 
 def test_costs_are_extrapolated_by_the_count_and_the_size_of_a_unit():

@@ -96,6 +96,7 @@ def quantize(model, windows, bpw, *, seed=0, group_size=128, plan=None, mixed=Fa
     windows = token_ids("windows", windows, model)
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise SfmpError(f"windows: expected [n, seqlen] with n >= 1 and seqlen >= 2, found {list(windows.shape)}")
+    knobs |= {name: min(knobs[name], len(windows)) for name in ("n_windows", "e2e_windows")}  # what is used
     cost = CostRecord()
     if mixed:
         if plan is not None:
