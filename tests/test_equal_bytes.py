@@ -6,7 +6,7 @@ import doctest
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, reject
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -46,6 +46,7 @@ def naive_bytes(plan):
     extra=st.floats(0.0, 2.0),
     seed=st.integers(0, 99),
 )
+@settings(suppress_health_check=[HealthCheck.filter_too_much])  # small shapes are all overhead; with no plan it fails
 def test_every_plan_fits_its_bytes(sizes, reorder, levels, scope, extra, seed):
     shapes = {f"m{i}": size for i, size in enumerate(sizes)}
     weights = sum(rows * columns for rows, columns in sizes)
