@@ -138,12 +138,13 @@ rule quantization:
     resources: mem_mb=HEAVY, gpu=GPU
     shell: RUN_NOTEBOOK
 
-# AMQ's search serves every budget, so it is done once.
+# AMQ's search serves every budget, so it is done once. What others wait for goes first: the search, then the rivals.
 rule search:
     input: notebook=shared.notebook("search"), windows=shared.windows("calibration"), weights=shared.weights
     output: search=f"{R}/search/{{model}}.json", timing=f"{R}/timing/search/{{model}}.json"
     log: **shared.logs("search/{model}")
     params: **shared.params("search")
+    priority: 2
     threads: HEAVY_THREADS
     resources: mem_mb=HEAVY, gpu=GPU
     shell: RUN_NOTEBOOK
@@ -161,6 +162,7 @@ rule rival:
         timing=f"{R}/timing/rival/{{run}}.json",
     log: **shared.logs("rival/{run}")
     params: **shared.params("rival")
+    priority: 1
     wildcard_constraints: run=shared.one_of(design.rivals)
     threads: HEAVY_THREADS
     resources: mem_mb=HEAVY, gpu=GPU
