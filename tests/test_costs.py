@@ -122,7 +122,7 @@ def test_figures_draw_every_stage(timings, design):
     axes = plots_cost.cost(table).axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == table.stage.tolist()
     widths = sorted(bar.get_x() + bar.get_width() for bar in axes.patches)
-    assert widths == pytest.approx(sorted([*table.wall_seconds, *table.full_seconds]))
+    assert widths == pytest.approx(sorted([*table.cpu_seconds, *table.full_seconds]))
     sizes = np.array([2, 4])
     rows = [pd.DataFrame({"axis": axis, "size": sizes, "method": "sfmp", "stage": "salience", "seconds": sizes / 10,
                           "full_units": 100, "full_seconds": 1.0}) for axis in ("layers", "blocks")]
