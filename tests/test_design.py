@@ -136,7 +136,7 @@ def test_settings_of_a_rival_are_its_row():
 
 
 SHOWCASE = "embedded.sfmp-awq.bpw3.00.g128.b64"
-WORDS = "main,reorder,objective,quantizer,guided"
+WORDS = "main,reorder,objective,quantizer"
 ROW = f"{SHOWCASE}\tembedded\t{WORDS}\tsfmp-awq\t3\tbpw\t128\t64\t2,3,4\tboth\t"
 SLIM = "embedded.slim_llm.bpw2.50.g64\tembedded\tmain,bytes\tslim_llm\t2.5\tbpw\t64\t-\t"
 
