@@ -119,8 +119,12 @@ class Rules:
         }
 
     def params(self, rule: str) -> dict:
-        """Parameters of the notebook, and the hash of the modules it reaches."""
-        return {"nb": notebook_params(self.design, rule), "code": stage_code(rule)}
+        """Parameters of the notebook; its settings alone, and the hash of its modules: a change of either reruns it.
+
+        Snakemake does not compare what is made from inputs and outputs, as `nb` is.
+        """
+        make = notebook_params(self.design, rule)
+        return {"nb": make, "settings": lambda wildcards: make(wildcards, {}, {}), "code": stage_code(rule)}
 
     def model(self, wildcards) -> str:
         """Model of a rule whose wildcard is a model or a run."""

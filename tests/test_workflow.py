@@ -256,3 +256,16 @@ def test_kill_then_same_command_then_nothing_then_only_what_an_edit_touches(chec
     notebook = checkout / "notebooks" / "02_salience.ipynb"
     notebook.write_text(notebook.read_text().replace("run.finish()", "run.finish()  # edited"))
     assert jobs(snakemake(checkout, "-n", "--cores", "8", TARGET)) == {"salience": 1, "total": 1}
+
+
+def test_settings_are_parameters_that_snakemake_compares():
+    """Snakemake ignores a change of what is made from inputs or outputs, so settings must need wildcards only."""
+    import inspect
+
+    def settings(**config):
+        rules = workflow.Rules(load_design({**CONFIG, **config}, ROOT / "config"))
+        function = rules.params("rival")["settings"]
+        assert list(inspect.signature(function).parameters) == ["wildcards"]
+        return function(SimpleNamespace(run="embedded.slim_llm.bpw2.50.g64"))
+
+    assert json.loads(settings())["knobs"] != json.loads(settings(knobs="full"))["knobs"]
