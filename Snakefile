@@ -108,17 +108,17 @@ rule reordering:
     resources: mem_mb=HEAVY, gpu=GPU
     shell: RUN_NOTEBOOK
 
-rule allocation:
-    input: notebook=shared.notebook("allocation"), salience=f"{R}/salience/{MODEL}.fisher.safetensors"
+use rule reordering as allocation with:
+    input:
+        notebook=shared.notebook("allocation"), windows=f"{R}/windows/{MODEL}.calibration.safetensors",
+        salience=f"{R}/salience/{MODEL}.fisher.safetensors", guided=f"{R}/salience/{MODEL}.guided.safetensors",
     output:
         allocation=table("allocation"), allocation_oracle=table("allocation_oracle"),
         mlp_experiment=table("mlp_experiment"), bit_map=figure("bit_map"), bits_by_layer=figure("bits_by_layer"),
-        mlp_curves=figure("mlp_curves"), oracle_seconds=f"{R}/timing/allocation_oracle.csv",
+        mlp_curves=figure("mlp_curves"), guided_agreement=table("guided_agreement"),
+        oracle_seconds=f"{R}/timing/allocation_oracle.csv",
     log: **shared.logs("allocation")
     params: **shared.params("allocation")
-    threads: HEAVY_THREADS
-    resources: mem_mb=HEAVY, gpu=GPU
-    shell: RUN_NOTEBOOK
 
 rule quantization:
     input:
@@ -138,9 +138,21 @@ rule quantization:
     resources: mem_mb=HEAVY, gpu=GPU
     shell: RUN_NOTEBOOK
 
+# AMQ's search serves every budget, so it is done once. What others wait for goes first: the search, then the rivals.
+rule search:
+    input: notebook=shared.notebook("search"), windows=shared.windows("calibration"), weights=shared.weights
+    output: search=f"{R}/search/{{model}}.json", timing=f"{R}/timing/search/{{model}}.json"
+    log: **shared.logs("search/{model}")
+    params: **shared.params("search")
+    priority: 2
+    threads: HEAVY_THREADS
+    resources: mem_mb=HEAVY, gpu=GPU
+    shell: RUN_NOTEBOOK
+
 rule rival:
     input:
         unpack(shared.salience),
+        unpack(shared.search),
         notebook=shared.notebook("rival"),
         windows=shared.windows("calibration"),
         weights=shared.weights,
@@ -150,6 +162,7 @@ rule rival:
         timing=f"{R}/timing/rival/{{run}}.json",
     log: **shared.logs("rival/{run}")
     params: **shared.params("rival")
+    priority: 1
     wildcard_constraints: run=shared.one_of(design.rivals)
     threads: HEAVY_THREADS
     resources: mem_mb=HEAVY, gpu=GPU
@@ -164,23 +177,17 @@ rule packing:
     resources: mem_mb=HEAVY, gpu=GPU
     shell: RUN_NOTEBOOK
 
-rule lut_gemm:
+use rule packing as lut_gemm with:
     input: notebook=shared.notebook("lut_gemm"), checkpoint=f"{R}/models/{SHOWCASE}"
     output: lut_gemm=table("lut_gemm")
     log: **shared.logs("lut_gemm")
     params: **shared.params("lut_gemm")
-    threads: HEAVY_THREADS
-    resources: mem_mb=HEAVY, gpu=GPU
-    shell: RUN_NOTEBOOK
 
-rule model_integration:
+use rule packing as model_integration with:
     input: notebook=shared.notebook("model_integration"), checkpoint=f"{R}/models/{SHOWCASE}"
     output: integration=table("integration")
     log: **shared.logs("model_integration")
     params: **shared.params("model_integration")
-    threads: HEAVY_THREADS
-    resources: mem_mb=HEAVY, gpu=GPU
-    shell: RUN_NOTEBOOK
 
 rule evaluation:
     input:
@@ -209,7 +216,7 @@ rule e1:
     resources: mem_mb=LIGHT
     shell: RUN_NOTEBOOK
 
-rule e3:
+use rule e1 as e3 with:
     input: notebook=shared.notebook("e3"), evals=EVALUATIONS, quantized=QUANTIZED, runs="config/runs.tsv"
     output:
         e3_reorder=table("e3_reorder"), e3_block=table("e3_block"), e3_group=table("e3_group"),
@@ -222,9 +229,6 @@ rule e3:
         quantizer=figure("quantizer"),
     log: **shared.logs("e3")
     params: **shared.params("e3")
-    threads: LIGHT_THREADS
-    resources: mem_mb=LIGHT
-    shell: RUN_NOTEBOOK
 
 # What reads clocks stays out of tables/ and figures/, which are the same to the byte in every run.
 rule e5:
@@ -239,16 +243,13 @@ rule e5:
     resources: mem_mb=HEAVY
     shell: RUN_NOTEBOOK
 
-rule e9:
+use rule e1 as e9 with:
     input:
         notebook=shared.notebook("e9"), tables=[*TABLE_FILES, *COSTS],
         claims="config/claims.tsv", paper="config/paper_values.tsv", runs="config/runs.tsv",
     output: claims=report(f"{R}/claims.csv", caption="report/claims.rst", category="Claims")
     log: **shared.logs("e9")
     params: **shared.params("e9")
-    threads: LIGHT_THREADS
-    resources: mem_mb=LIGHT
-    shell: RUN_NOTEBOOK
 
 # All executed notebooks, rendered in one process; needs no network.
 rule html:

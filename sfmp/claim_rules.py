@@ -66,18 +66,31 @@ def paired(frame: pd.DataFrame, left: Mapping, right: Mapping, metric: str) -> p
 def not_worse(tables, *, table, better, worse, metric="perplexity", lower=True):
     """Is `better` at least as good as `worse` at every common budget?
 
-    replicated: all budgets; direction-only: better on (geometric) average but not at every budget; else
+    replicated: all budgets; direction-only: better on (geometric) average and at more than half of them; else
     not-replicated.
     """
     pairs = paired(tables.get(table, pd.DataFrame()), better, worse, metric)
     if pairs.empty:
         return outcome("not-run", "", f"no budget with both in {table}")
     ratio = pairs.left / pairs.right if lower else pairs.right / pairs.left
+    return judged(ratio, _noise(tables[table], pairs, metric))
+
+
+def judged(ratio: pd.Series, note: str = "") -> dict:
+    """Verdict on ratios that should be at most 1: all; most, and on geometric average; or neither."""
     wins, mean = int((ratio <= 1).sum()), float(np.exp(np.log(ratio).mean()))
-    verdict = "replicated" if wins == len(ratio) else "direction-only" if mean < 1 else "not-replicated"
-    return outcome(
-        verdict, f"{wins}/{len(ratio)} comparisons; mean ratio {mean:.4f}, worst {ratio.max():.4f}"
-    )
+    mostly = mean < 1 and 2 * wins > len(ratio)
+    verdict = "replicated" if wins == len(ratio) else "direction-only" if mostly else "not-replicated"
+    return outcome(verdict, f"{wins}/{len(ratio)} comparisons; mean ratio {mean:.4f}, worst {ratio.max():.4f}{note}")
+
+
+def _noise(frame, pairs, metric) -> str:
+    """How many pairs differ by less than one standard error, for a metric that has one."""
+    errors = frame.get(f"{metric}_stderr", pd.Series(dtype=float)).dropna()
+    if errors.empty:
+        return ""
+    within = int(((pairs.left - pairs.right).abs() <= errors.max()).sum())
+    return f"; {within} within one standard error"
 
 
 def monotone(tables, *, table, where, x="bpw", metric="perplexity", falling=True):
@@ -85,7 +98,9 @@ def monotone(tables, *, table, where, x="bpw", metric="perplexity", falling=True
     frame = rows(tables.get(table, pd.DataFrame()), where)
     if len(frame) < 2 or not {x, metric} <= set(frame):
         return outcome("not-run", "", f"fewer than two points in {table}")
-    curve = frame.groupby(x)[metric].mean().sort_index()
+    curve = frame.groupby(x)[metric].mean().dropna().sort_index()
+    if len(curve) < 2:
+        return outcome("not-run", "", f"fewer than two points in {table}")
     steps = np.diff(curve) * (-1 if falling else 1)
     good, ends = int((steps > 0).sum()), (curve.iloc[-1] - curve.iloc[0]) * (-1 if falling else 1) > 0
     verdict = "replicated" if good == len(steps) else "direction-only" if ends else "not-replicated"

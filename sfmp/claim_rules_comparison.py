@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from sfmp.claim_rules import _text, outcome, paired, rows
+from sfmp.claim_rules import VERDICTS, _text, judged, outcome, paired, rows
 from sfmp.records import FP
 
 SPARE = 1e-3  # share of its bytes by which a run may exceed another's and count as equal: a block more or less
@@ -19,15 +19,15 @@ def not_worse_in_bytes(tables, *, table, better, rivals, metric="perplexity", lo
     """Is `better` at least as good as each rival at every budget, with no more bytes than the rival's?
 
     Of `better`, the largest run at that budget is taken that stores no more than the rival's budget in bytes, or
-    than the rival does, whichever is more. Verdicts as in ``not_worse``.
+    than the rival does, whichever is more. Verdicts as in ``not_worse``; of several rivals the worst decides.
     """
     pairs = _pairs_in_bytes(tables.get(table, pd.DataFrame()), better, rivals, metric)
     if pairs.empty:
         return outcome("not-run", "", f"no budget with both in bytes in {table}")
     ratio = pairs.ours / pairs.rival if lower else pairs.rival / pairs.ours
-    wins, mean = int((ratio <= 1).sum()), float(np.exp(np.log(ratio).mean()))
-    verdict = "replicated" if wins == len(ratio) else "direction-only" if mean < 1 else "not-replicated"
-    return outcome(verdict, f"{wins}/{len(ratio)} comparisons; mean ratio {mean:.4f}, worst {ratio.max():.4f}")
+    each = [judged(part) for _, part in ratio.groupby(pairs.method, sort=False)]
+    worst = max((one["verdict"] for one in each), key=VERDICTS.index)
+    return outcome(worst, judged(ratio)["ours"])
 
 
 def _pairs_in_bytes(frame, better, rivals, metric):
@@ -49,7 +49,7 @@ def _pairs_in_bytes(frame, better, rivals, metric):
 def order_kept(tables, *, bits, table, better, rivals, metric="perplexity"):
     """Is whoever is ahead at equal bits also ahead at equal bytes, for every rival and budget?
 
-    replicated: everywhere; direction-only: at more than half; else not-replicated.
+    replicated: everywhere; else not-replicated.
     """
     pairs = _pairs_in_bytes(tables.get(table, pd.DataFrame()), better, rivals, metric)
     frame, kept = tables.get(bits, pd.DataFrame()), []
@@ -62,12 +62,14 @@ def order_kept(tables, *, bits, table, better, rivals, metric="perplexity"):
     if not kept:
         return outcome("not-run", "", f"no comparison in both {bits} and {table}")
     good = sum(kept)
-    verdict = "replicated" if good == len(kept) else "direction-only" if 2 * good > len(kept) else "not-replicated"
+    verdict = "replicated" if good == len(kept) else "not-replicated"
     return outcome(verdict, f"{good}/{len(kept)} comparisons have the same winner")
 
 
 def lead_at_low_bits(tables, *, table, better, rivals, limit, metric="perplexity"):
     """Is the lead over the best rival largest at or below `limit` bpw, and smallest at the highest budget?
+
+    Only budgets at which every rival has a run are compared.
 
     direction-only: largest there, but not smallest at the highest; not-replicated also where no lead is positive.
     """
@@ -76,7 +78,8 @@ def lead_at_low_bits(tables, *, table, better, rivals, limit, metric="perplexity
         return outcome("not-run", "", f"{table} has no {metric} by method and budget")
     keys = ["model", "bpw"]
     ours = rows(frame, better).groupby(keys)[metric].mean()
-    best = rows(frame, {"method": rivals}).groupby(keys)[metric].min()
+    theirs = rows(frame, {"method": rivals}).dropna(subset=[metric]).groupby(keys)
+    best = theirs[metric].min()[theirs.method.nunique() == len(set(rivals))]
     lead = (best / ours - 1).dropna()
     if len(lead) < 2:
         return outcome("not-run", "", f"fewer than two budgets with both in {table}")
@@ -113,6 +116,18 @@ def within_ratio(tables, *, table, better, worse, limit, metric="perplexity"):
     verdict = "replicated" if good == len(ratio) else "direction-only" if mean <= 1 + limit else "not-replicated"
     shown = f"mean ratio {mean:.4f}, worst {ratio.max():.4f}"
     return outcome(verdict, f"{good}/{len(ratio)} within {100 * limit:g} %; {shown}")
+
+
+def at_least(tables, *, table, column, limit, where):
+    """Is `column` at least `limit` in every row of `where`? direction-only if on average."""
+    frame = rows(tables.get(table, pd.DataFrame()), where)
+    values = frame[column].dropna() if column in frame else pd.Series(dtype=float)
+    if values.empty:
+        return outcome("not-run", "", f"{table} has no {column} of {', '.join(map(_text, where.values()))}")
+    good = int((values >= limit).sum())
+    verdict = "replicated" if good == len(values) else "direction-only" if values.mean() >= limit else "not-replicated"
+    shown = f"mean {values.mean():.3f}, lowest {values.min():.3f}"
+    return outcome(verdict, f"{good}/{len(values)} at least {limit:g}; {shown}")
 
 
 def not_beaten(tables, *, table, name, among, keys, spare, metric="loss"):
@@ -211,7 +226,7 @@ def needs_grow(tables, *, table, axis, ours, rivals, column="needed_exponent"):
 RULES = {
     rule.__name__: rule
     for rule in (
-        not_worse_in_bytes, order_kept, lead_at_low_bits, best_of, within_ratio, not_beaten, gap_closed, never_above,
-        control_last, at_least_times, needs_grow,
+        not_worse_in_bytes, order_kept, lead_at_low_bits, best_of, within_ratio, at_least, not_beaten, gap_closed,
+        never_above, control_last, at_least_times, needs_grow,
     )
 }

@@ -1,4 +1,4 @@
-"""What a method costs, stage by stage: seconds, peak memory, and how often it had to run the model.
+"""What a method costs, stage by stage: seconds, peak host memory, and how often it had to run the model.
 
 A stage also says what its work consists of (`unit`, e.g. "model evaluation"), how many units were done here
 and how many the method's own settings would need on the same model, so that a reduced run always carries the
@@ -27,7 +27,8 @@ class Stage:
     wall_seconds, cpu_seconds : float
         Summed over every time the stage was entered.
     peak_bytes : int
-        Highest resident memory while in the stage, above what was resident when the record was made.
+        Highest resident memory of the process (host memory; that of a GPU is not in it) while in the stage, above
+        what was resident when the record was made.
     evaluations : int
         Forward (or forward and backward) passes of the whole model over one window.
     unit : str

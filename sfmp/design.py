@@ -234,6 +234,8 @@ def rival_settings(row: Mapping[str, str]) -> dict:
     budget = "stored" if row["method"] == "bitstack" else "bpw"
     if row["budget"] != budget:
         raise SfmpError(f"budget: expected {budget} for {row['method']}, found {row['budget']!r}")
+    if row["method"] == "amq" and settings["group_size"] != 128:
+        raise SfmpError(f"group_size: expected 128 for amq, as its one search has, found {row['group_size']}")
     if "group_size" in settings:  # the same bounds as those of a QuantSpec
         shape = {"block_rows": 1, **settings}
         QuantSpec(**shape, levels=tuple(range(1, 9)))

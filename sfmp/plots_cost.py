@@ -29,15 +29,15 @@ def cost(table: pd.DataFrame):
     Parameters
     ----------
     table : pandas.DataFrame
-        :func:`sfmp.tables_cost.cost_by_stage`: `method, stage, part, wall_seconds, full_seconds`.
+        :func:`sfmp.tables_cost.cost_by_stage`: `method, stage, part, cpu_seconds, full_seconds`.
     """
-    needs(table, ["method", "stage", "part", "wall_seconds", "full_seconds"], "cost")
+    needs(table, ["method", "stage", "part", "cpu_seconds", "full_seconds"], "cost")
     table = table[table.model == table.model.iloc[0]].reset_index(drop=True)
     gap = table.method.ne(table.method.shift()).cumsum() * 0.6
     y = -(table.index + gap).to_numpy(dtype=float)
     figure, ax = plt.subplots(figsize=(PAGE, 0.9 + 0.17 * len(table) + 0.1 * table.method.nunique()))
     colours = table.part.map(lambda part: _PARTS[part][1])
-    full, here = (table[c].clip(lower=SHORTEST) for c in ("full_seconds", "wall_seconds"))
+    full, here = (table[c].clip(lower=SHORTEST) for c in ("full_seconds", "cpu_seconds"))
     low = SHORTEST / 2
     ax.barh(y, full - low, left=low, height=0.78, color="none", edgecolor=colours, linewidth=0.9)
     ax.barh(y, here - low, left=low, height=0.42, color=colours)
@@ -49,13 +49,13 @@ def cost(table: pd.DataFrame):
     ax.set_yticks(y, table.stage, fontsize=6.5)
     for method, rows in table.groupby("method", sort=False):
         name = "SFMP" if method == "sfmp-awq" else LOOKS[method][0]
-        ax.annotate(name, (0, y[rows.index].mean()), (-138, 0), xycoords=("axes fraction", "data"), va="center",
+        ax.annotate(name, (0, y[rows.index].mean()), (-178, 0), xycoords=("axes fraction", "data"), va="center",
                     textcoords="offset points", fontsize=7.5, weight="bold" if name == "SFMP" else "normal")
     ax.xaxis.set_major_locator(FixedLocator([1e-3, 1e-2, 0.1, 1, 10, 60, 600, 3600, 36000, 864000]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _duration(value)))
     ax.grid(axis="y", visible=False)
-    ax.set_xlabel("time on one core (logarithmic); numbers: published knobs")
+    ax.set_xlabel("CPU time on one core (logarithmic); numbers: published knobs")
     marks = {label: plt.Rectangle((0, 0), 1, 1, color=colour) for label, colour in _PARTS.values()}
     marks["knobs of this tier"] = plt.Rectangle((0, 0), 1, 0.5, color="0.25")
     marks["published knobs, extrapolated"] = plt.Rectangle((0, 0), 1, 1, facecolor="none", edgecolor="0.25")

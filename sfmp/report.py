@@ -19,7 +19,7 @@ from sfmp.readme import update_readme
 from sfmp.workflow import NOTEBOOKS, closing_words
 
 PUBLISHED = (".csv", ".md", ".png")
-LARGEST_FILE, LARGEST_TOTAL = 500_000, 1_900_000  # bytes of committed evidence
+LARGEST_FILE, LARGEST_TOTAL = 500_000, 2_900_000  # bytes of committed evidence
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", re.S)
 
 
@@ -94,6 +94,8 @@ def _mathml(formula: re.Match) -> str:
     return convert(block or inline, display="block" if block else "inline")
 
 
+EVIDENCE = ("tables", "figures", "timing")  # folders whose own files are published; timing alone holds clock readings
+
 STYLE = """body{max-width:60em;margin:2em auto;padding:0 1em;font:16px/1.5 sans-serif;color:#222}
 pre{background:#f6f6f6;padding:.6em;overflow-x:auto;font-size:13px}img{max-width:100%}
 table{border-collapse:collapse;font-size:13px}td,th{padding:.2em .6em;text-align:right;
@@ -114,7 +116,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def publish(results: Path, reference: Path) -> list[Path]:
-    """Copy tables, claims and figures, and one line per execution of a notebook, to the folder that git tracks.
+    """Copy tables, claims, figures and costs, and one line per execution of a notebook, to the folder that git tracks.
 
     Raises
     ------
@@ -123,7 +125,7 @@ def publish(results: Path, reference: Path) -> list[Path]:
     """
     files = [
         path
-        for folder in ("tables", "figures")
+        for folder in EVIDENCE
         for path in sorted((results / folder).glob("*"))
         if path.suffix in PUBLISHED
     ] + [results / "claims.csv"]
@@ -134,7 +136,7 @@ def publish(results: Path, reference: Path) -> list[Path]:
         raise SfmpError(
             f"{orphans}: no manifest says how these came about; rerun their rules before publishing"
         )
-    small = [path for path in manifests if path.parent.name in ("tables", "figures") or path.name.startswith("claims")]
+    small = [path for path in manifests if path.parent.name in EVIDENCE or path.name.startswith("claims")]
     # An execution writes the same manifest beside each of its results.
     lines = "".join(dict.fromkeys(json.dumps(json.loads(path.read_text())) + "\n" for path in small))
     sizes = {path: path.stat().st_size for path in files}

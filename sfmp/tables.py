@@ -117,7 +117,7 @@ def ablation_table(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
     -------
     pandas.DataFrame
         `run, model, method, bpw`, the factor's columns, `bpw_achieved, bpw_stored, perplexity,
-        perplexity_ratio, fp_perplexity,
+        perplexity_ratio, fp_perplexity, rtn_perplexity` (controls: none, and rounding at the same bpw), `
         manifest`, sorted by budget and factor.
 
     Raises
@@ -142,6 +142,7 @@ def ablation_table(results: pd.DataFrame, experiment: str) -> pd.DataFrame:
         "perplexity",
         "perplexity_ratio",
         "fp_perplexity",
+        "rtn_perplexity",
         "manifest",
     ]
     return rows.reindex(columns=columns).sort_values(

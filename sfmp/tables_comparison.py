@@ -157,5 +157,5 @@ def _measured(results, experiment):
 
 def _ordered(rows, factors, keys):
     columns = ["run", "model", "method", "bpw", *factors, "bpw_achieved", "bpw_stored", "perplexity",
-               "perplexity_ratio", "fp_perplexity", "manifest"]
+               "perplexity_ratio", "fp_perplexity", "rtn_perplexity", "manifest"]
     return rows.sort_values(["model", *keys], kind="stable", ignore_index=True).reindex(columns=columns)

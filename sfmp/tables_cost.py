@@ -15,7 +15,7 @@ import pandas as pd
 from sfmp.checks import SfmpError
 from sfmp.records import METHODS, json_files, read_runs
 
-COMMON_BPW = 3.25  # the one budget that every kind of method meets without tricks
+COMMON_BPW = 3.5  # every method has a run there; at 3.25 bpw SliM-LLM has next to nothing to choose
 OURS = "sfmp-awq"
 #: stages that decide the bits; every other stage quantizes, which no method is spared
 DECIDING = (
@@ -43,8 +43,9 @@ def cost_by_stage(timings, runs) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        `model, method, run, bpw, part` (allocation or quantization) and the columns of a stage. Of each method
-        the run of the main comparison nearest 3.25 bpw is taken. A salience that several runs share is a stage
+        `model, method, run, bpw, part` (allocation or quantization) and the columns of a stage, `full_seconds`
+        extrapolated from CPU seconds (jobs of one core; on a GPU wall seconds would be the measure). Of each method
+        the run of the main comparison nearest 3.5 bpw is taken. A salience that several runs share is a stage
         of each of them, and a stage that only one run of a method went through (AMQ's search serves every
         budget) is taken from it.
 
@@ -65,6 +66,8 @@ def cost_by_stage(timings, runs) -> pd.DataFrame:
         raise SfmpError("timings: expected files of runs of the main comparison with `stages`, found none; run them")
     parts = [_method_stages(group, measured, salience) for _, group in main.groupby(["model", "method"], sort=False)]
     table = pd.concat(parts, ignore_index=True)
+    # Jobs run beside each other on shared cores: CPU seconds are what a stage costs, wall seconds what it waited too.
+    table["full_seconds"] *= (table.cpu_seconds / table.wall_seconds).where(table.wall_seconds > 0, 1.0)
     table["part"] = table.stage.isin(DECIDING).map({True: "allocation", False: "quantization"})
     order = {method: place for place, method in enumerate(METHODS)}
     table["place"] = table.method.map(order).fillna(len(order))
@@ -99,14 +102,17 @@ def cost_ratios(table: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        `model, method, part` (allocation, i.e. all that decides the bits, or total), `knobs` (reduced or full),
+        `model, method, part` (allocation, i.e. all that decides the bits, or total), `knobs` (reduced; full for
+        the allocation only, because AWQ and GPTQ are not extrapolated to their published calibration),
         `seconds, ours_seconds, ratio`. A part that a method does not have is left out.
     """
     rows = []
     for model, frame in table.groupby("model", sort=False):
         for part in ("allocation", "total"):
             kept = frame if part == "total" else frame[frame.part == part]
-            for knobs, column in (("reduced", "wall_seconds"), ("full", "full_seconds")):
+            for knobs, column in (("reduced", "cpu_seconds"), ("full", "full_seconds")):
+                if part == "total" and knobs == "full":
+                    continue  # AWQ and GPTQ themselves are not extrapolated to their published calibration
                 seconds = kept.groupby("method", sort=False)[column].sum()
                 if OURS not in seconds:
                     continue

@@ -45,7 +45,7 @@ SOURCES = ("fisher", "magnitude", "activation", "guided", "random")
 TABLES = (
     "e1_main", "e1_bytes", "e3_reorder", "e3_block", "e3_group", "e3_levels", "e3_salience", "e3_objective", "e3_scope",
     "e3_granularity", "e3_guided", "e3_quantizer", "packing", "lut_gemm", "integration", "concentration", "allocation",
-    "allocation_oracle", "mlp_experiment",
+    "allocation_oracle", "mlp_experiment", "guided_agreement",
 )
 FIGURES = (
     "overview", "salience_before_after", "bit_map", "bits_by_layer", "accuracy_vs_bpw", "perplexity_vs_bpw",
@@ -64,6 +64,7 @@ NOTEBOOKS = {
     "packing": ("06_packing", ()),
     "lut_gemm": ("07_lut_gemm", ()),
     "model_integration": ("08_model_integration", ()),
+    "search": ("10_search", ("model", "knobs")),
     "rival": ("11_rivals", ("run", "model", "method", "settings", "knobs")),
     "evaluation": ("09_evaluation", ("run", "model", "tasks", "seqlen")),
     "e1": ("e1_accuracy", ()),
@@ -72,9 +73,14 @@ NOTEBOOKS = {
     "e9": ("e9_claims", ()),
 }
 COMMON = ("out", "inputs", "seed", "tier")
+# papermill without a checker of IRIs that jsonschema would import: half of papermill's start-up, in every job.
+PAPERMILL = (
+    "python -c \"import sys; sys.modules['rfc3987_syntax'] = None; "
+    "from papermill.__main__ import papermill; papermill()\""
+)
 RUN_NOTEBOOK = (
-    "IPYTHONDIR={resources.tmpdir:q}/sfmp-ipython papermill {input.notebook:q} {log.notebook:q} -y {params.nb:q} "
-    "-k python3 --no-progress-bar > {log.text:q} 2>&1"
+    f"IPYTHONDIR={{resources.tmpdir:q}}/sfmp-ipython {PAPERMILL} {{input.notebook:q}} {{log.notebook:q}} "
+    "-y {params.nb:q} -k python3 --no-progress-bar > {log.text:q} 2>&1"
 )
 
 
@@ -113,8 +119,12 @@ class Rules:
         }
 
     def params(self, rule: str) -> dict:
-        """Parameters of the notebook, and the hash of the modules it reaches."""
-        return {"nb": notebook_params(self.design, rule), "code": stage_code(rule)}
+        """Parameters of the notebook; its settings alone, and the hash of its modules: a change of either reruns it.
+
+        Snakemake does not compare what is made from inputs and outputs, as `nb` is.
+        """
+        make = notebook_params(self.design, rule)
+        return {"nb": make, "settings": lambda wildcards: make(wildcards, {}, {}), "code": stage_code(rule)}
 
     def model(self, wildcards) -> str:
         """Model of a rule whose wildcard is a model or a run."""
@@ -133,6 +143,13 @@ class Rules:
         source = self.design.runs[wildcards.run]["salience"]
         path = f"{self.design.results}/salience/{self.model(wildcards)}.{source}.safetensors"
         return {} if source == "-" else {"salience": path}
+
+    def search(self, wildcards) -> dict[str, str]:
+        """The search that a row of AMQ takes its bits from, and what it cost."""
+        if self.design.runs[wildcards.run]["method"] != "amq":
+            return {}
+        results, model = self.design.results, self.model(wildcards)
+        return {"search": f"{results}/search/{model}.json", "search_cost": f"{results}/timing/search/{model}.json"}
 
     def checkpoint(self, wildcards) -> dict[str, str]:
         """Checkpoint of a quantized run; nothing for the control."""
@@ -157,8 +174,9 @@ class Rules:
     def executed(self) -> list[str]:
         """Logs that become pages: every executed notebook, of the salience the showcase's."""
         design, stems = self.design, []
-        several = {"quantization": design.planned, "rival": design.rivals, "evaluation": design.runs,
-                   "calibration": design.models, "salience": [f"{design.showcase_model}.fisher"]}
+        searched = dict.fromkeys(row["model"] for row in design.runs.values() if row["method"] == "amq")
+        several = {"calibration": design.models, "salience": [f"{design.showcase_model}.fisher"], "search": searched,
+                   "quantization": design.planned, "rival": design.rivals, "evaluation": design.runs}
         for rule in NOTEBOOKS:
             stems += [f"{rule}/{one}" for one in several[rule]] if rule in several else [rule]
         return [self.logs(stem)["notebook"] for stem in stems]
@@ -179,6 +197,10 @@ def _notebook_json(design: Design, rule: str, wildcards, input, output) -> str:
     run = getattr(wildcards, "run", design.showcase)
     row = design.runs[run]
     model = getattr(wildcards, "model", row["model"])
+    rival = "amq" if rule == "search" else row["method"].removeprefix("sfmp-")
+    seeded = row if hasattr(wildcards, "run") else None  # the row whose seed a run has
+    if rule == "search":  # it serves the model's runs of AMQ, which refuse a search with another seed than theirs
+        seeded = next((r for r in design.runs.values() if (r["method"], r["model"]) == (rival, model)), None)
     available = {
         "run": run,
         "model": design.models[model]["source"],
@@ -187,7 +209,7 @@ def _notebook_json(design: Design, rule: str, wildcards, input, output) -> str:
         "spec": None if row["method"] in (FP, *RIVALS) else run_spec(row).to_dict(),
         "budget": row["budget"],
         "settings": rival_settings(row) if row["method"] in RIVALS else {},
-        "knobs": design.knobs.get(row["method"].removeprefix("sfmp-"), {}),
+        "knobs": design.knobs.get(rival, {}),
         "tasks": design.config["tasks"] if row["tasks"] == "yes" else [],
         "n_windows": design.config["n_windows"],
         "seqlen": design.config["seqlen"],
@@ -197,7 +219,7 @@ def _notebook_json(design: Design, rule: str, wildcards, input, output) -> str:
             for name, value in input.items()
             if name != "notebook"
         },
-        "seed": int(row["seed"]) if hasattr(wildcards, "run") else design.config["seed"],
+        "seed": design.config["seed"] if seeded is None else int(seeded["seed"]),
         "tier": design.tier,
     }
     return json.dumps({name: available[name] for name in (*COMMON, *NOTEBOOKS[rule][1])})

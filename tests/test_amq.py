@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,6 +92,8 @@ def test_divergence_equals_the_definition():
     assert jensen_shannon(apart, -apart) == pytest.approx(np.log(2), rel=1e-6)
     with pytest.raises(SfmpError, match="shape"):
         jensen_shannon(a, b[:1])
+    with pytest.raises(SfmpError, match="finite"):
+        jensen_shannon(a, b * float("nan"))
 
 
 def test_divergence_does_not_depend_on_chunks_or_on_logits_kept(toy, monkeypatch):
@@ -218,8 +221,9 @@ def test_whole_method_bytes_and_cost(tiny_llama, tmp_path):
     assert len(found.bits) == 12 + int((~found.frozen).sum())
 
     found.save(tmp_path / "search.json")
-    found = Search.load(tmp_path / "search.json")
-    outcome = amq.quantize(tiny_llama, windows, 4.0, group_size=32, found=found, **FEW)
+    outcome = amq.quantize(tiny_llama, windows, 4.0, group_size=32, found=tmp_path / "search.json")
+    Search.load(tmp_path / "search.json").save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "search.json").read_bytes()
     total = sum(n * k for n, k in shapes.values())
     bits = {name: int(outcome.plan[name].bits[0, 0]) for name in shapes}
     used = sum(bits[name] * n * k for name, (n, k) in shapes.items())
@@ -231,7 +235,15 @@ def test_whole_method_bytes_and_cost(tiny_llama, tmp_path):
     sizes = tensor_sizes(save_checkpoint(tiny_llama, tmp_path / "c"))
     sizes = sizes[sizes.module.isin(list(shapes)) & sizes.part.isin(["planes", "alpha", "beta"])]
     assert sizes.bytes.sum() + len(shapes) == outcome.stored_bytes
+    assert outcome.notes["knobs"] == {**FEW, "seed": 0, "group_size": 32, "tolerance": 0.005}
     assert outcome.notes["search_shared"] and [r["stage"] for r in outcome.cost.rows()] == ["quantization"]
+
+
+def test_half_precision_models_keep_their_dtype(tiny_llama):
+    model = tiny_llama.bfloat16().train()
+    found = amq.search(model, _windows(4, 32, 128), group_size=32, **FEW)
+    assert np.isfinite(found.divergences).all() and (found.divergences > 0).all()
+    assert model.training and all(m.weight.dtype == torch.bfloat16 for m in linear_modules(model).values())
 
 
 def test_same_seed_same_result(tiny_llama):
@@ -259,6 +271,30 @@ def test_bad_input(tiny_llama, toy, tmp_path):
     other = amq.search(toy[0], toy[1], group_size=32, **FEW)
     with pytest.raises(SfmpError, match="of this model"):
         amq.quantize(tiny_llama, windows, 4.0, group_size=32, found=other)
-    (tmp_path / "other.json").write_text('{"format_version": 1}')
+    with pytest.raises(SfmpError, match="found: expected a search with seed 1.*found one with seed 0"):
+        amq.quantize(toy[0], toy[1], 4.0, group_size=32, found=other, seed=1)
+    assert other.knobs["n_tokens"] == 8 and amq.search(toy[0], toy[1], group_size=32, **{
+        **FEW, "n_windows": 9, "n_tokens": 99}).knobs.items() >= {"n_windows": 3, "n_tokens": 16}.items()
+    (tmp_path / "a.json").write_text('{"format_version": 1}')
     with pytest.raises(SfmpError, match="Search.save"):
-        Search.load(tmp_path / "other.json")
+        Search.load(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("part, altered", [
+    ("bits", lambda bits: bits[:-1]), ("bits", lambda bits: [bits[0][:-1], *bits[1:]]),
+    ("bits", lambda bits: [[*bits[0], 2], bits[1][:-1], *bits[2:]]), ("bits", lambda bits: [row[:2] for row in bits]),
+    ("divergences", lambda values: values[:-1])])
+def test_an_altered_search_is_refused(toy, tmp_path, part, altered):
+    path = tmp_path / "search.json"
+    amq.search(toy[0], toy[1], group_size=32, **FEW).save(path)
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, part: altered(data[part])}))
+    with pytest.raises(SfmpError, match=r"search\.json: expected.*search again"):
+        Search.load(path)
+
+
+def test_logits_that_are_not_finite_name_the_design(toy):
+    model = copy.deepcopy(toy[0])
+    model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(SfmpError, match="design 244 .bits of layers.0 and on., full precision.*finite"):
+        amq.search(model, toy[1], group_size=32, **FEW)

@@ -204,6 +204,29 @@ def test_bad_knobs_are_named(model, windows, arguments, words):
         bitstack.quantize(model, windows, 90.0, **{"rank": 1, **arguments})
 
 
+@pytest.mark.parametrize("failing", ["decompose", "universal_order"])
+def test_an_error_leaves_the_model_as_it_was(model, windows, monkeypatch, failing):
+    model.train().model.layers[0].eval()
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    real = getattr(bitstack, failing)
+
+    def fail(*arguments):
+        real(*arguments)
+        raise SfmpError("late")
+
+    monkeypatch.setattr(bitstack, failing, fail)
+    with pytest.raises(SfmpError, match="late"):
+        bitstack.quantize(model, windows, 3.3, rank=1)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_rank_weighs_at_every_width_as_sixteen_does_at_4096(model, windows):
+    assert bitstack.quantize(model, windows, 4.0).notes["knobs"]["rank"] == 1
+    for width, rank in ((4096, 16), (8192, 16), (2048, 8), (1024, 4), (300, 1), (64, 1)):
+        assert bitstack.default_rank([(width, width), (width // 2, 3 * width)]) == rank
+
+
 def test_bad_weights_are_named(model, windows):
     name = "model.layers.0.mlp.up_proj"
     with torch.no_grad():

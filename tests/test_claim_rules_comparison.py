@@ -138,3 +138,16 @@ def test_needs_grow(own, other, verdict):
     arguments["rivals"] = [["amq", "sensitivity"], ["bitstack", "sorting"]]
     assert rules.needs_grow({"t": table}, table="t", **arguments)["verdict"] == verdict
     assert rules.needs_grow({"t": table[:1]}, table="t", **arguments)["verdict"].startswith("not-run")
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [((0.9, 0.95), "replicated"), ((0.89, 0.95), "direction-only"), ((0.89, 0.9), "not-replicated")],
+)
+def test_at_least(values, verdict):
+    table = pd.DataFrame({"comparison": ["a", "b", "c"], "spearman": [*values, -1.0]})
+    arguments = {"table": "t", "column": "spearman", "limit": 0.9, "where": {"comparison": ["a", "b"]}}
+    result = rules.at_least({"t": table}, **arguments)
+    assert result["verdict"] == verdict and f"lowest {min(values):.3f}" in result["ours"]
+    for tables in ({}, {"t": table[2:]}, {"t": table.drop(columns="spearman")}):
+        assert rules.at_least(tables, **arguments)["verdict"].startswith("not-run")

@@ -27,7 +27,7 @@ def main(fp=8.0, ours=(12, 10), rival=(14, 11)):
     [
         ((12, 10), "replicated", "2/2"),
         ((14, 11), "replicated", "2/2"),
-        ((10, 11.5), "direction-only", "1/2"),
+        ((10, 11.5), "not-replicated", "1/2"),  # better on average, but not at most budgets
         ((15, 10.9), "not-replicated", "1/2"),
         ((15, 12), "not-replicated", "0/2"),
     ],
@@ -35,6 +35,23 @@ def main(fp=8.0, ours=(12, 10), rival=(14, 11)):
 def test_not_worse_counts_every_budget(ours, verdict, count):
     result = rules.not_worse({"e1_main": main(ours=ours)}, table="e1_main", better=SFMP, worse=RTN)
     assert result["verdict"] == verdict and result["ours"].startswith(count)
+
+
+def test_most_budgets_and_the_average_make_a_direction():
+    frame = pd.concat([main(ours=(10, 11.5)), main(ours=(10, 10)).assign(model="n")])
+    assert rules.not_worse({"t": frame}, table="t", better=SFMP, worse=RTN)["verdict"] == "direction-only"
+
+
+def test_differences_within_a_standard_error_are_counted():
+    frame = main(ours=(0.52, 0.60), rival=(0.50, 0.50)).rename(columns={"perplexity": "acc"}).assign(acc_stderr=0.03)
+    result = rules.not_worse({"t": frame}, table="t", better=SFMP, worse=RTN, metric="acc", lower=False)
+    assert result["ours"].endswith("1 within one standard error")
+
+
+def test_a_missing_value_is_no_step():
+    frame = pd.DataFrame({"bpw": [1, 2, 3], "retention": [0.5, float("nan"), 0.6]})
+    result = rules.monotone({"t": frame}, table="t", where={}, metric="retention", falling=False)
+    assert result["ours"].startswith("1/1 steps") and result["verdict"] == "replicated"
 
 
 def test_not_worse_for_higher_is_better():

@@ -182,15 +182,12 @@ def test_bytes_are_exact_and_the_checkpoint_loads(trained, tmp_path):
     rows = tensor_sizes(tmp_path / "saved")
     kept = rows[rows.part.isin(["planes", "alpha", "beta"]) & rows.module.isin(quantized_layers(model))]
     assert outcome.stored_bytes == kept.bytes.sum() + len(quantized_layers(model))  # one byte of bits per matrix
-    groups = sum(n * -(-k // 32) for n, k in shapes(model))
-    assert outcome.stored_bytes == groups * 32 * 2 // 8 + groups * 4 + len(shapes(model))
+    shapes = [(layer.out_features, layer.in_features) for layer in quantized_layers(model).values()]
+    groups = sum(n * -(-k // 32) for n, k in shapes)
+    assert outcome.stored_bytes == groups * 32 * 2 // 8 + groups * 4 + len(shapes)
     assert outcome.bpw == 3.0 and outcome.stored_bytes == sum(stored_bytes(model).values())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(loaded, windows(1)), logits(model, windows(1)))
-
-
-def shapes(model):
-    return [(layer.out_features, layer.in_features) for layer in quantized_layers(model).values()]
 
 
 def test_same_seed_same_model(trained):
@@ -266,8 +263,9 @@ def test_budget_is_met_from_below():
     model = llama()
     outcome = efficient_qat.quantize(model, windows(1), 3.7, group_size=32, epochs=0, e2e_epochs=0)
     assert outcome.bpw == 3.0 and outcome.notes["knobs"]["lr_weights"] == 2e-5
-    outcome = efficient_qat.quantize(llama(), windows(1), 4.0, group_size=32, epochs=0, e2e_epochs=0)
+    outcome = efficient_qat.quantize(llama(), windows(1), 4.0, group_size=32, epochs=0, e2e_epochs=0, lr_quant=(1, 2))
     assert outcome.bpw == 4.0 and outcome.notes["knobs"]["lr_weights"] == 1e-5
+    assert outcome.notes["knobs"]["lr_quant"] == 2.0 and outcome.notes["knobs"]["e2e_lr"] == 2e-5
 
 
 @pytest.mark.parametrize(("bpw", "knobs", "message"), [
@@ -275,6 +273,7 @@ def test_budget_is_met_from_below():
     (3.0, {"epochs": -1}, "epochs: expected an integer >= 0"),
     (3.0, {"batch_size": 0}, "batch_size: expected"),
     (3.0, {"lr_quant": 0.0}, "lr_quant: expected a positive number"),
+    (3.0, {"e2e_lr": (1e-3, 0.0)}, "e2e_lr: expected a positive number or a pair"),
     (3.0, {"lr_weights": "big"}, "lr_weights: expected a positive number"),
     (3.0, {"mixed": True, "salience": "guess"}, "salience: expected one of"),
     (3.0, {"plan": "plan"}, "plan: expected a Plan"),

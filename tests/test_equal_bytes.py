@@ -6,7 +6,7 @@ import doctest
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -46,6 +46,7 @@ def naive_bytes(plan):
     extra=st.floats(0.0, 2.0),
     seed=st.integers(0, 99),
 )
+@settings(suppress_health_check=[HealthCheck.filter_too_much])  # small shapes are all overhead; with no plan it fails
 def test_every_plan_fits_its_bytes(sizes, reorder, levels, scope, extra, seed):
     shapes = {f"m{i}": size for i, size in enumerate(sizes)}
     weights = sum(rows * columns for rows, columns in sizes)
@@ -56,7 +57,8 @@ def test_every_plan_fits_its_bytes(sizes, reorder, levels, scope, extra, seed):
         spec = dataclasses.replace(spec, bpw=bpw)
         reduced = equal_bytes.spec_for_stored(shapes, spec)
     except SfmpError:
-        return  # outside the levels: refused, not exceeded
+        assert bpw > spec.candidate_levels[-1] or levels == "auto"  # a budget that must be met is met
+        reject()  # outside the levels: refused, not exceeded
     plan = make_plan(random_salience(shapes, seed), reduced)
     assert naive_bytes(plan) <= int(bpw * weights / 8 + 1e-9)
 

@@ -38,8 +38,8 @@ def naive_hessians(model, windows, groups):
     """H_g of both layers from hand-made gradients, token by token, in float64."""
     weights = [layer.weight.detach().numpy().astype(np.float64) for layer in (model.first, model.second)]
     biases = [layer.bias.detach().numpy().astype(np.float64) for layer in (model.first, model.second)]
-    parts = [np.array_split(np.arange(len(w)), groups) for w in weights]
-    sums = [np.zeros((groups, w.shape[1], w.shape[1])) for w in weights]
+    parts = [np.array_split(np.arange(len(w)), min(groups, len(w))) for w in weights]
+    sums = [np.zeros((len(p), w.shape[1], w.shape[1])) for p, w in zip(parts, weights, strict=True)]
     for inputs, labels in windows:
         for x, label in zip(inputs.numpy().astype(np.float64), labels.numpy(), strict=True):
             before = weights[0] @ x + biases[0]
@@ -55,7 +55,7 @@ def naive_hessians(model, windows, groups):
     return dict(zip(("first", "second"), sums, strict=True)), dict(zip(("first", "second"), parts, strict=True))
 
 
-@pytest.mark.parametrize("groups", [1, 3, 4])
+@pytest.mark.parametrize("groups", [1, 3, 4, 6])
 def test_hessians_and_salience_equal_the_hand_made_ones(groups):
     model, windows = Network(), samples()
     expected, parts = naive_hessians(model, windows, groups)
@@ -148,7 +148,6 @@ def test_unreached_layers_are_warned_about():
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"groups": 0}, "groups: expected an integer >= 1"),
-    ({"groups": 5}, "second: expected at least 5 output rows"),
     ({"loss_fn": lambda model, sample: loss_fn(model, sample) * float("nan")}, "loss of window 0"),
 ])
 def test_bad_input_is_refused(options, message):

@@ -201,7 +201,8 @@ def test_what_is_saved_is_what_the_workflow_expects(notebook):
                     saved.add(node.args[0].value)
     (rule,) = [rule for rule, (name, _) in NOTEBOOKS.items() if name == notebook.stem]
     snakefile = (FOLDER.parent / "Snakefile").read_text(encoding="utf-8")
-    body = snakefile.split(f"\nrule {rule}:")[1].split("\nrule ")[0].split("output:")[1].split("log:")[0]
+    (body,) = re.findall(rf"\n(?:rule|use rule \w+ as) {rule}(?: with)?:(.*?)\n\n", snakefile, re.S)
+    body = body.split("output:")[1].split("log:")[0]
     while (flat := re.sub(r"\([^()]*\)", "", body)) != body:  # arguments of report(...) are no outputs
         body = flat
     assert saved == set(re.findall(r"(\w+)=", body))

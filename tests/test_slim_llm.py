@@ -1,6 +1,7 @@
 """SliM-LLM: bits, ranges and codes against brute force in numpy; exact mean bits, exact bytes, bad input."""
 
 import copy
+import itertools
 import json
 
 import naive
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sfmp.accounting import tensor_sizes
 from sfmp.baselines import uniform
-from sfmp.baselines.slim_bits import SampledStats, candidate_bits, candidates, group_salience, search_bits
+from sfmp.baselines.slim_bits import Exchanges, SampledStats, candidate_bits, candidates, group_salience
 from sfmp.baselines.slim_llm import quantize
 from sfmp.baselines.slim_scales import calibrated_parameters
 from sfmp.checks import SfmpError
@@ -46,7 +47,6 @@ def _compensation(weight, inputs, dtype=torch.float64):
 
 
 # Brute force
-
 def _damped_inverse(inputs):
     hessian = 2.0 / len(inputs) * inputs.T @ inputs
     return np.linalg.inv(hessian + 0.01 * np.diag(hessian).mean() * np.eye(len(hessian)))
@@ -64,7 +64,7 @@ def _naive_salience(weight, inputs):
     return sums
 
 
-def _naive_search(weight, salience, inputs, base):
+def _naive_search(weight, salience, inputs, base, kl="quantized"):
     """Quantize the whole matrix for every p, and compare the softmax of its outputs token by token."""
     groups, whole = len(salience), weight.shape[1] // GROUP
     ranked = sorted(range(whole), key=lambda group: salience[group])
@@ -73,15 +73,14 @@ def _naive_search(weight, salience, inputs, base):
         bits = [base] * groups
         for group in range(whole):
             bits[group] += (group in ranked[whole - p :]) - (group in ranked[:p])
-        rounded = naive.quantize_blocks(weight, np.array([bits]), GROUP, len(weight))
-        loss = 0.0
+        rounded, loss = naive.quantize_blocks(weight, np.array([bits]), GROUP, len(weight)), 0.0
         for x in inputs:
-            true, approximate = np.exp(weight @ x), np.exp(rounded @ x)
-            true, approximate = true / true.sum(), approximate / approximate.sum()
-            loss += (true * np.log(true / approximate)).sum() / len(inputs)
+            true, found = (values / values.sum() for values in (np.exp(weight @ x), np.exp(rounded @ x)))
+            a, b = (found, true) if kl == "quantized" else (true, found)
+            loss += (a * np.log(a / b)).sum() / len(inputs)
         losses.append(loss)
         maps.append(bits)
-    return maps[int(np.argmin(losses))], losses
+    return maps, losses
 
 
 def _naive_levels(group, bit, steps, spread, emphasis):
@@ -89,8 +88,7 @@ def _naive_levels(group, bit, steps, spread, emphasis):
     if bit == 1:
         return naive.naive_levels(group, 1)
     best, kept = np.inf, None
-    tried = [1.0, *(1.0 + spread * i / steps for i in range(-steps, steps + 1) if i)]
-    for factor in tried:
+    for factor in [1.0, *(1.0 + spread * i / steps for i in range(-steps, steps + 1) if i)]:
         levels = naive.naive_levels(np.array([group.min() * factor, group.max() * factor]), bit)
         nearest = levels[np.abs(group[:, None] - levels[None]).argmin(1)]
         loss = sum(e * abs(w - q) ** 2.4 for e, w, q in zip(emphasis, group, nearest, strict=True))
@@ -122,7 +120,6 @@ def _naive_slim(weight, inputs, bits, steps, spread, lam):
 
 
 # Decisions
-
 @pytest.mark.parametrize("columns, seed", [(128, 0), (256, 1), (170, 2), (64, 3)])
 def test_salience_of_groups(columns, seed):
     weight, inputs = _case(6, columns, seed, 3 * columns)
@@ -130,28 +127,25 @@ def test_salience_of_groups(columns, seed):
     assert np.allclose(group_salience(current, factor, GROUP), _naive_salience(weight, inputs), rtol=1e-6)
 
 
+@pytest.mark.parametrize("kl", ["quantized", "original"])
 @pytest.mark.parametrize("columns, base, seed", [
     (256, 2, 0), (256, 2, 1), (224, 3, 2), (200, 2, 3), (200, 3, 4), (320, 2, 5), (96, 2, 6), (20, 2, 7),
 ])
-def test_bit_search_is_brute_force(columns, base, seed):
+def test_bit_search_is_brute_force(columns, base, seed, kl):
     weight, inputs = _case(10, columns, seed)
     salience = _naive_salience(weight, inputs)
     samples = [torch.tensor(part, dtype=torch.float32) for part in (inputs[:70], inputs[70:])]
-    bits, losses = search_bits(torch.tensor(weight, dtype=torch.float32), salience, samples, base, GROUP)
-    expected, expected_losses = _naive_search(weight, salience, inputs, base)
-    assert bits.tolist() == list(expected)
-    if len(expected_losses) > 1:
-        assert np.allclose(losses, expected_losses, rtol=1e-3)
-    else:
-        assert losses == []
+    exchanges = Exchanges(torch.tensor(weight, dtype=torch.float32), salience, base, GROUP, kl)
+    losses = exchanges.divergences(samples)
+    maps, expected = _naive_search(weight, salience, inputs, base, kl)
+    assert [exchanges.bits(p).tolist() for p in range(exchanges.count)] == maps
+    assert np.allclose(losses, expected, rtol=1e-3) if len(maps) > 1 else losses == []
 
 
 def test_the_cases_of_the_search_differ_in_their_answer():
-    answers = set()
-    for seed in range(6):
-        weight, inputs = _case(10, 256, seed)
-        answers.add(sum(b > 2 for b in _naive_search(weight, _naive_salience(weight, inputs), inputs, 2)[0]))
-    assert len(answers) > 1
+    cases = [_case(10, 256, seed) for seed in range(6)]
+    losses = [_naive_search(w, _naive_salience(w, x), x, 2, "original")[1] for w, x in cases]
+    assert set(np.argmin(losses, 1).tolist()) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("columns", [*range(20, 400, 36), 32 * 7, 32 * 8])
@@ -185,12 +179,9 @@ def test_every_ingredient_of_the_range_search_matters():
     """Otherwise the comparison with brute force would prove nothing about it."""
     weight, inputs = _case(6, 150, 11, 500)
     weight[:, 5] *= 6.0
-    bits, results = [2, 3, 1, 2, 3], []
-    for steps, spread, lam in ((4, 0.0, 1.0), (4, 0.1, 1.0), (4, 0.1, 6.0), (4, 0.3, 1.0)):
-        results.append(_naive_slim(weight, inputs, bits, steps, spread, lam))
-    for first in range(4):
-        for second in range(first):
-            assert np.abs(results[first] - results[second]).max() > 0.01
+    options = ((4, 0.0, 1.0), (4, 0.1, 1.0), (4, 0.1, 6.0), (4, 0.3, 1.0))
+    results = [_naive_slim(weight, inputs, [2, 3, 1, 2, 3], *option) for option in options]
+    assert all(np.abs(a - b).max() > 0.01 for a, b in itertools.combinations(results, 2))
 
 
 def test_no_step_leaves_min_max_and_one_bit_its_closed_form():
@@ -207,9 +198,7 @@ def test_samples_are_evenly_spaced():
     inputs = torch.arange(7 * 4 * 128, dtype=torch.float32).reshape(7, 4, 128)
     stats.add(inputs[:3])
     stats.add(inputs[3:])
-    kept = torch.cat(stats.kept)
-    assert torch.equal(kept, inputs[[0, 3, 5]][:, [0, 2]])
-    assert stats.tokens == 28
+    assert torch.equal(torch.cat(stats.kept), inputs[[0, 3, 5]][:, [0, 2]]) and stats.tokens == 28
     narrow = SampledStats(windows=3, of=7, group_size=GROUP)
     narrow.add(inputs[..., :64])
     assert narrow.kept == []  # two groups: nothing to decide
@@ -226,11 +215,11 @@ def _contrast(model):
 
 
 def test_without_search_it_is_uniform_gptq(tiny_llama, windows):
-    plain, ours = copy.deepcopy(tiny_llama), tiny_llama
+    plain = copy.deepcopy(tiny_llama)
     uniform.gptq(plain, windows, 3.0, group_size=GROUP)
-    outcome = quantize(ours, windows, 3.0, group_size=GROUP, sba_windows=0, sqc_steps=0)
+    outcome = quantize(tiny_llama, windows, 3.0, group_size=GROUP, sba_windows=0, sqc_steps=0)
     expected = plain.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
+    assert all(torch.equal(value, expected[name]) for name, value in tiny_llama.state_dict().items())
     assert outcome.cost.stages["bit search (SBA)"].units == 0
 
 
@@ -246,7 +235,8 @@ def test_outcome_is_exact_to_the_byte_and_loads_again(tiny_llama, windows, tmp_p
         assert matrix.bits.shape == (1, len(widths))
         assert sum(b * w for b, w in zip(bits, widths, strict=True)) == 2 * columns
         assert model.get_submodule(name).block_bits.flatten().tolist() == bits
-        assert bits == outcome.notes["matrices"][name]["group_bits"]
+        notes = outcome.notes["matrices"][name]
+        assert bits == notes["group_bits"] and bits.count(3) == notes["p"] == np.argmin(notes["divergences"] or [0])
         mixed = len(set(bits)) > 1
         traded += mixed
         expected += sum(rows * 4 * b + rows * 4 for b in bits) + (len(bits) if mixed else 1)
@@ -266,7 +256,7 @@ def test_outcome_is_exact_to_the_byte_and_loads_again(tiny_llama, windows, tmp_p
 def test_work_is_counted(tiny_llama, windows):
     outcome = quantize(tiny_llama, windows, 3.0, group_size=GROUP, sqc_steps=0, sba_windows=2, sba_tokens=8)
     counts = {row["stage"]: row for row in outcome.cost.counts()}
-    assert list(counts) == ["hessian", "bit search (SBA)", "column update (SQC + GPTQ)"]
+    assert list(counts) == ["hessian", "column update (SQC + GPTQ)", "bit search (SBA)"]
     assert counts["hessian"]["evaluations"] == 2 * 5 and counts["hessian"]["full_units"] == 256
     # only down_proj (172 columns, five whole groups) has a choice, of two candidates, in each of two layers
     search = counts["bit search (SBA)"]
@@ -282,6 +272,7 @@ def test_deterministic_and_json_able(tiny_llama, windows):
         outcome = quantize(model, windows.numpy(), 3.0, seed=seed, group_size=GROUP, sqc_steps=2)
         runs.append((model.state_dict(), json.dumps(outcome.notes)))
     assert runs[0][1] == runs[1][1] and '"sqc_steps": 2' in runs[0][1]
+    assert '"n_windows": 5, "sba_windows": 5, "sba_tokens": 24' in runs[0][1]  # what there was, not the published
     assert all(torch.equal(value, runs[1][0][name]) for name, value in runs[0][0].items())
 
 
@@ -300,13 +291,10 @@ def test_half_precision(tiny_llama, windows):
     (3.0, {"sba_windows": 1.5}, "sba_windows: expected an integer"),
     (3.0, {"sba_tokens": 0}, "sba_tokens: expected an integer >= 1"),
     (3.0, {"sqc_range": 1.0}, "sqc_range"),
-    (3.0, {"lam": float("nan")}, "lam: expected a finite number"),
+    (3.0, {"lam": float("nan")}, "lam: expected a finite"), (3.0, {"kl": "both"}, "kl: expected one of quant"),
 ])
 def test_bad_input_is_named(tiny_llama, windows, bpw, knobs, message):
     with pytest.raises(SfmpError, match=message):
         quantize(tiny_llama, windows, bpw, group_size=GROUP, **knobs)
-
-
-def test_calibration_is_needed(tiny_llama):
     with pytest.raises(SfmpError, match="slim_llm needs calibration"):
         quantize(tiny_llama, None, 3.0, group_size=GROUP)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from sfmp.quantize import dequantize
-from sfmp.solvers import Stats, gptq, inverse_cholesky, rtn
+from sfmp.quantize import dequantize, group_parameters
+from sfmp.solvers import Stats, compensation, gptq, inverse_cholesky, round_columns, rtn
 from sfmp.spec import MatrixPlan, QuantSpec, SfmpError
 
 
@@ -72,6 +72,31 @@ def test_gptq_without_correlation_is_rtn():
     ours = gptq(torch.tensor(weight, dtype=torch.float32), stats, matrix, _spec())
     plain = rtn(torch.tensor(weight, dtype=torch.float32), None, matrix, _spec())
     assert torch.equal(ours.codes, plain.codes) and torch.equal(ours.scales, plain.scales)
+
+
+def test_parameters_are_chosen_from_compensated_weights():
+    """A chooser sees each group once, when the groups before it have handed on their errors."""
+    weight, inputs, _ = _case(8, 80, 32, 8)
+    matrix = MatrixPlan(np.arange(8), np.arange(80), np.array([[2, 3, 4]], np.uint8))
+    current, factor = compensation(torch.tensor(weight), _stats(inputs, torch.float64), matrix)
+    seen = []
+
+    def choose(part, bits, diagonal):
+        seen.append((part.clone(), bits, diagonal))
+        return group_parameters(part, bits)
+
+    q = round_columns(current, factor, matrix.bits, _spec(32, 8), choose)
+    assert torch.equal(q.codes, gptq(torch.tensor(weight), _stats(inputs, torch.float64), matrix, _spec(32, 8)).codes)
+    assert torch.equal(current, torch.tensor(weight))  # not modified
+    assert [tuple(part.shape) for part, _, _ in seen] == [(8, 32), (8, 32), (8, 16)]
+    assert [int(bits.unique()) for _, bits, _ in seen] == [2, 3, 4]
+    assert torch.allclose(torch.cat([d for _, _, d in seen]), factor.diagonal().float())
+    assert torch.allclose(seen[0][0], torch.tensor(weight[:, :32]).float())
+    # the errors of the first group, all at once: W_rest - E U_rest with E = (W - W_q) solved along U
+    errors = torch.linalg.solve_triangular(factor[:32, :32], current[:, :32] - dequantize(q)[:, :32].double(),
+                                           upper=True, left=False)
+    expected = current[:, 32:64] - errors @ factor[:32, 32:64]
+    assert torch.allclose(seen[1][0].double(), expected, atol=1e-5)
 
 
 def test_float32_agrees_with_float64_almost_everywhere():

@@ -1,5 +1,6 @@
 """A run of a rival: settings and knobs reach the method, checkpoints load, records count what was saved."""
 
+import copy
 import json
 
 import numpy as np
@@ -71,6 +72,10 @@ def test_a_rival_goes_from_a_row_to_a_checkpoint_and_a_record(method, tiny_llama
     assert record["bpw"] <= settings["bpw"] + 1e-9
     assert record["model_bytes"] == tensor_sizes(folder).bytes.sum()
     assert json.loads(record["knobs"]).items() >= {k: v for k, v in REDUCED[method].items() if k != "n_windows"}.items()
+    if method == "slim_llm":  # of the matrices only down_proj has enough groups of 32
+        assert json.loads(record["knobs"])["with_choice"] == "2/14"
+    if method == "scalebits":  # a block of 16 x 32 by one level
+        assert record["bpw_tolerance"] == pytest.approx(16 * 32 / weights)
     if method != "amq":  # whether its search comes within its tolerance is chance on a model this small
         assert record["reached"], record
 
@@ -104,15 +109,45 @@ def test_knobs_stand_beside_the_published_ones():
     assert not table.loc["lam", "reduced"]
     mixed = stage_rivals.knob_table("sfmp-efficient_qat", {"e2e_windows": 64})
     assert mixed.published.tolist() == [4096]
+    ours = stage_rivals.knob_table("scalebits", {"rounds": 10, "refresh_windows": 8})
+    assert ours.published.tolist() == ["10 (ours)", "– (ours)"] and ours.reduced.tolist() == [False, True]
+
+
+def test_fewer_or_shorter_windows_count_as_reduced():
+    windows = torch.zeros(64, 512, dtype=torch.int64)
+    full = {"n_windows": 128, "sba_windows": 128, "sba_tokens": None, "sqc_steps": 50}
+    table = stage_rivals.knob_table("slim_llm", full, windows).set_index("knob")
+    assert table.loc["n_windows"].tolist() == [64, 128, True]
+    assert table.loc["sba_tokens"].tolist() == [512, None, True]
+    assert table.loc["sqc_steps"].tolist() == [50, 50, False]
+    assert table.loc["tokens of a window"].tolist() == [512, 2048, True]
+    assert stage_rivals.knob_table("amq", {"n_windows": 4, "n_tokens": 2048}, windows).used.tolist() == [4, 512]
+    assert stage_rivals.knob_table("scalebits", {"refresh_windows": None}, windows).reduced.tolist() == [False]
+    long = stage_rivals.knob_table("slim_llm", full, torch.zeros(128, 2048, dtype=torch.int64))
+    assert not long.reduced.any()
 
 
 def test_costs_are_extrapolated_by_the_count_and_the_size_of_a_unit():
-    outcome = baselines.outcome.Outcome(None, 3.0, 0, CostRecord())
-    with outcome.cost.stage("search", unit="model evaluation") as stage:
+    cost = CostRecord()
+    with cost.stage("search", unit="model evaluation") as stage:
         stage.units, stage.full_units, stage.unit_scale = 4, 40, 2.0
-    outcome.cost.stages["search"].wall_seconds = 8.0
-    row = stage_rivals.cost_table(outcome).iloc[0]
+    cost.stages["search"].wall_seconds = 8.0
+    row = stage_rivals.cost_table(cost.rows()).iloc[0]
     assert (row.unit_seconds, row.full_seconds) == (2.0, 160.0)
+
+
+def test_one_search_of_amq_serves_a_run_and_is_counted_in_it(tiny_llama, windows, job, tmp_path):
+    found, cost = stage_rivals.search(tiny_llama, windows, REDUCED["amq"], seed=3)
+    found.save(tmp_path / "search.json")
+    (tmp_path / "cost.json").write_text(json.dumps({"stages": cost.rows()}))
+    inputs = {"search": str(tmp_path / "search.json"), "search_cost": str(tmp_path / "cost.json")}
+    given = start("11_rivals", {"out": {}, "inputs": inputs})
+    alone = stage_rivals.quantize(job, copy.deepcopy(tiny_llama), windows, "amq", {"bpw": 3.3}, REDUCED["amq"], 3)
+    outcome = stage_rivals.quantize(given, tiny_llama, windows, "amq", {"bpw": 3.3}, REDUCED["amq"], 3)
+    assert outcome.plan.hash == alone.plan.hash
+    assert [row["stage"] for row in outcome.cost.rows()] == ["quantization"]
+    stages = [row["stage"] for row in stage_rivals.cost_rows(given, outcome)]
+    assert stages == [row["stage"] for row in stage_rivals.cost_rows(job, alone)]
 
 
 @pytest.mark.parametrize("gap, reached", [(0.0, True), (0.004, True), (0.006, False), (-0.001, False)])

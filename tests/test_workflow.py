@@ -76,7 +76,16 @@ def test_a_rival_gets_its_settings_its_knobs_and_only_the_inputs_it_uses():
     assert sent["full"]["method"] == "sfmp-efficient_qat"
     rules = workflow.Rules(load_design(CONFIG, ROOT / "config"))
     assert rules.salience(run) == {"salience": "results/embedded/salience/embedded.fisher.safetensors"}
-    assert rules.salience(SimpleNamespace(run="embedded.amq.bpw3.00.g128")) == {}
+    amq = SimpleNamespace(run="embedded.amq.bpw3.00.g128")
+    assert rules.salience(amq) == rules.search(run) == {}
+    searched = {"search": "results/embedded/search/embedded.json"}
+    assert rules.search(amq) == {**searched, "search_cost": "results/embedded/timing/search/embedded.json"}
+
+
+def test_the_search_gets_the_knobs_of_amq():
+    design = load_design(CONFIG, ROOT / "config")
+    sent = json.loads(workflow.notebook_params(design, "search")(SimpleNamespace(model="embedded"), Named(), Named()))
+    assert sent["knobs"] == design.knobs["amq"] and sent["model"] == "embedded"
 
 
 def test_a_run_belongs_to_one_rule():
@@ -207,8 +216,10 @@ def test_dry_run_plans_every_run_once(checkout, tier):
     assert planned["quantization"] == len(design.planned)
     assert planned.get("rival", 0) == len(design.rivals)
     assert planned["calibration"] == len(design.models)
+    assert planned.get("search", 0) == len({row["model"] for row in design.runs.values() if row["method"] == "amq"})
     sources = {(row["model"], row["salience"]) for row in design.runs.values() if row["salience"] != "-"}
-    assert planned["salience"] == len(sources)
+    compared = {(design.showcase_model, "fisher"), (design.showcase_model, "guided")}  # by the allocation notebook
+    assert planned["salience"] == len(sources | compared)
     assert {"e1", "e3", "e5", "e9", "overview", "html", "report", "summary"} <= set(planned)
 
 
@@ -245,3 +256,16 @@ def test_kill_then_same_command_then_nothing_then_only_what_an_edit_touches(chec
     notebook = checkout / "notebooks" / "02_salience.ipynb"
     notebook.write_text(notebook.read_text().replace("run.finish()", "run.finish()  # edited"))
     assert jobs(snakemake(checkout, "-n", "--cores", "8", TARGET)) == {"salience": 1, "total": 1}
+
+
+def test_settings_are_parameters_that_snakemake_compares():
+    """Snakemake ignores a change of what is made from inputs or outputs, so settings must need wildcards only."""
+    import inspect
+
+    def settings(**config):
+        rules = workflow.Rules(load_design({**CONFIG, **config}, ROOT / "config"))
+        function = rules.params("rival")["settings"]
+        assert list(inspect.signature(function).parameters) == ["wildcards"]
+        return function(SimpleNamespace(run="embedded.slim_llm.bpw2.50.g64"))
+
+    assert json.loads(settings())["knobs"] != json.loads(settings(knobs="full"))["knobs"]

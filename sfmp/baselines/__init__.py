@@ -16,7 +16,15 @@ from sfmp.checks import SfmpError
 def methods() -> dict:
     """Return name → function ``(model, windows, bpw, *, seed=0, **knobs) -> Outcome``."""
     from sfmp.baselines import (
-        amq, bitstack, efficient_qat, element, layer_wise, scalebits, sfmp, slim_llm, uniform,
+        amq,
+        bitstack,
+        efficient_qat,
+        element,
+        layer_wise,
+        scalebits,
+        sfmp,
+        slim_llm,
+        uniform,
     )
 
     return {

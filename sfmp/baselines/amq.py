@@ -74,6 +74,7 @@ def search(model, windows, *, seed=0, group_size=128, n_windows=128, n_tokens=20
              "subset_population": (subset_population, 2), "subset_generations": (subset_generations, 1)}
     for name, (value, low) in sizes.items():
         integer(name, value, low)
+    knobs = {name: value for name, (value, _) in sizes.items()}
     cost, rng = cost or CostRecord(), np.random.default_rng(seed)
     with ProxyModel(model, windows, LEVELS, group_size, n_windows, n_tokens) as proxy:
         scale = FULL_TOKENS / proxy.windows.numel()
@@ -86,8 +87,10 @@ def search(model, windows, *, seed=0, group_size=128, n_windows=128, n_tokens=20
             sensitivities = np.array([proxy.divergence(design) for design in designs])
             stage.units = stage.full_units = len(designs) + 1  # the full-precision logits are one more
             stage.evaluations, stage.unit_scale = stage.units * len(proxy.windows), scale
+        used = dict(zip(("n_windows", "n_tokens"), proxy.windows.shape, strict=True))  # there may be fewer than asked
+        used = {**used, **knobs, "seed": seed}
         found = Search(proxy.names, proxy.weights, sensitivities,
-                       sensitivities > FROZEN_ABOVE * np.median(sensitivities), int(group_size))
+                       sensitivities > FROZEN_ABOVE * np.median(sensitivities), int(group_size), used)
         found.add(designs[~found.frozen], sensitivities[~found.frozen])
 
         def evaluate(proposals):
@@ -164,8 +167,8 @@ subset_population, subset_generations
         As in :func:`search`; the defaults are those of the publication.
     tolerance : float
         Bits below the budget within which a design counts as hitting it (:meth:`Search.best`).
-    found : Search, optional
-        Result of an earlier :func:`search` of this model, instead of a search now.
+    found : Search or path-like, optional
+        Result of an earlier :func:`search` of this model, or the file it was saved to, instead of a search now.
 
     Returns
     -------
@@ -175,25 +178,28 @@ subset_population, subset_generations
     Raises
     ------
     SfmpError
-        If the budget is outside what the search can reach, or `found` is of another model.
+        If the budget is outside what the search can reach, or `found` is of another model, group size
+        or seed.
     """
     spec = QuantSpec(bpw=bpw, group_size=group_size, levels=LEVELS, reorder="none", method="awq", seed=seed,
                      block_rows=max(m.out_features for m in linear_modules(model).values()))
-    knobs = {"group_size": group_size, "n_windows": n_windows, "n_tokens": n_tokens, "n_initial": n_initial,
-             "iterations": iterations, "per_iteration": per_iteration, "population": population,
-             "generations": generations, "subset_population": subset_population,
-             "subset_generations": subset_generations}
     cost, shared = CostRecord(), found is not None
     if not shared:
-        found = search(model, windows, seed=seed, cost=cost, **knobs)
-    _check_found(found, model, group_size)
+        found = search(model, windows, seed=seed, group_size=group_size, n_windows=n_windows, n_tokens=n_tokens,
+                       n_initial=n_initial, iterations=iterations, per_iteration=per_iteration,
+                       population=population, generations=generations, subset_population=subset_population,
+                       subset_generations=subset_generations, cost=cost)
+    elif not isinstance(found, Search):
+        found = Search.load(found)
+    _check_found(found, model, group_size, seed)
     index, within = found.best(Fraction(repr(spec.bpw)) - Fraction(32, group_size), tolerance)
     plan = plan_of(spec, model, dict(zip(found.names, found.bits[index].tolist(), strict=True)))
     with cost.stage("quantization", unit="matrix") as stage:
         quantize_model(model, plan, windows)
         stage.units = stage.full_units = len(plan)
     notes = {
-        "knobs": {**knobs, "tolerance": tolerance}, "search_shared": shared, "archive": len(found.bits),
+        "knobs": {**found.knobs, "group_size": group_size, "tolerance": tolerance},
+        "search_shared": shared, "archive": len(found.bits),
         "frozen": [name for name, frozen in zip(found.names, found.frozen, strict=True) if frozen],
         "sensitivities": dict(zip(found.names, found.sensitivities.tolist(), strict=True)),
         "wbits": plan.wbits, "divergence": float(found.divergences[index]), "within_tolerance": within,
@@ -223,7 +229,7 @@ def plan_of(spec, model, bits) -> Plan:
     return Plan(spec, matrices)
 
 
-def _check_found(found, model, group_size):
+def _check_found(found, model, group_size, seed):
     shapes = {name: linear.weight.numel() for name, linear in linear_modules(model).items()}
     if dict(zip(found.names, found.weights.tolist(), strict=True)) != shapes:
         raise SfmpError(f"found: expected a search of this model ({len(shapes)} linears), found one of "
@@ -231,3 +237,6 @@ def _check_found(found, model, group_size):
     if found.group_size != group_size:
         raise SfmpError(f"found: expected a search at group_size {group_size}, found {found.group_size}; "
                         "search again")
+    if found.knobs.get("seed", seed) != seed:
+        raise SfmpError(f"found: expected a search with seed {seed}, as this run has, found one with seed "
+                        f"{found.knobs['seed']}; search again or pass that seed")

@@ -8,6 +8,7 @@ Source: METHOD.md section 2.5 (arXiv 2410.23918).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 
@@ -24,6 +25,7 @@ from sfmp.cost import CostRecord
 from sfmp.salience import linear_modules
 
 FULL_WINDOWS, FULL_SORT_WINDOWS, FULL_LEVELS = 256, 32, 16  # of the publication
+FULL_RANK, FULL_WIDTH = 16, 4096  # its rank, and the width of the models it was chosen for
 FULL_TOKENS = 2048  # of a sort window; METHOD.md leaves the length of the other windows open
 
 
@@ -72,7 +74,7 @@ def _set_weight(linear, stack):
     linear.weight = nn.Parameter(stack.dequantize().to(linear.weight.dtype), requires_grad=False)
 
 
-def quantize(model, windows, bpw, *, seed=0, group_size=None, rank=16, n_levels=16, n_windows=256,
+def quantize(model, windows, bpw, *, seed=0, group_size=None, rank=None, n_levels=16, n_windows=256,
              sort_windows=32) -> Outcome:
     """Quantize `model` in place by BitStack to a budget of bytes.
 
@@ -82,8 +84,10 @@ def quantize(model, windows, bpw, *, seed=0, group_size=None, rank=16, n_levels=
         As in :func:`sfmp.baselines.quantize`; the budget is all bytes a matrix stores. No choice is random.
     group_size : ignored
         There are no groups; the interface passes one to every method.
-    rank : int
-        Of the magnitudes of a level; a level costs 1 + 16 rank (N + K) / (N K) bits per weight.
+    rank : int, optional
+        Of the magnitudes of a level; a level costs 1 + 16 rank (N + K) / (N K) bits per weight. Published: 16. By
+        default what costs at the width of this model as much as 16 does at 4096 (:func:`default_rank`): 16 for
+        models that wide or wider, less for narrow ones, where one level of rank 16 would exceed the budget.
     n_levels : int
         Levels of a whole stack.
     n_windows, sort_windows : int
@@ -109,6 +113,7 @@ def quantize(model, windows, bpw, *, seed=0, group_size=None, rank=16, n_levels=
     """
     linears = linear_modules(model)
     windows = token_ids("windows", windows, model)
+    rank = default_rank(linear.weight.shape for linear in linears.values()) if rank is None else rank
     rank = integer("rank", rank, 1, min(min(linear.weight.shape) for linear in linears.values()))
     n_levels = integer("n_levels", n_levels, 1)
     sizes = {name: level_bytes(*linear.weight.shape, rank) for name, linear in linears.items()}
@@ -116,34 +121,60 @@ def quantize(model, windows, bpw, *, seed=0, group_size=None, rank=16, n_levels=
     scale_windows = _spread("n_windows", windows, n_windows)
     order_windows = _spread("sort_windows", windows, sort_windows)
     cost, longer = CostRecord(), FULL_TOKENS / windows.shape[1]
-    training = [name for name, module in model.named_modules() if module.training]
-    model.eval()
-    with cost.stage("activation scales", unit="model evaluation") as stage:
-        scales = channel_scales(model, scale_windows)
-        stage.units = stage.evaluations = len(scale_windows)
-        stage.full_units, stage.unit_scale = FULL_WINDOWS, longer
-    with cost.stage("decomposition", unit="SVD") as stage:
-        stacks = {name: _named(name, linear, scales[name], budget.depth, rank) for name, linear in linears.items()}
-        stage.units, stage.full_units = len(linears) * budget.depth, len(linears) * FULL_LEVELS
-    with cost.stage("sorting", unit="model evaluation") as stage:
-        sorted_levels = [budget.depth] if budget.depth > budget.whole_levels else []
-        order = universal_order(model, stacks, order_windows, sorted_levels)[len(linears):]
-        stage.units, stage.full_units = len(order), len(linears) * (FULL_LEVELS - 1)
-        stage.evaluations = len(order) * len(order_windows)
-        stage.unit_scale = longer * FULL_SORT_WINDOWS / len(order_windows)
+    with _left_as_it_was(model, linears):
+        with cost.stage("activation scales", unit="model evaluation") as stage:
+            scales = channel_scales(model, scale_windows)
+            stage.units = stage.evaluations = len(scale_windows)
+            stage.full_units, stage.unit_scale = FULL_WINDOWS, longer
+        with cost.stage("decomposition", unit="SVD") as stage:
+            stacks = {name: _named(name, linear, scales[name], budget.depth, rank) for name, linear in linears.items()}
+            stage.units, stage.full_units = len(linears) * budget.depth, len(linears) * FULL_LEVELS
+        with cost.stage("sorting", unit="model evaluation") as stage:
+            sorted_levels = [budget.depth] if budget.depth > budget.whole_levels else []
+            order = universal_order(model, stacks, order_windows, sorted_levels)[len(linears):]
+            stage.units, stage.full_units = len(order), len(linears) * (FULL_LEVELS - 1)
+            stage.evaluations = len(order) * len(order_windows)
+            stage.unit_scale = longer * FULL_SORT_WINDOWS / len(order_windows)
     loaded = budget.load([name for _, name in order])
     for name, linear in linears.items():
         stack = Stack(*(tensor.clone() for tensor in stacks[name].first(loaded[name])))  # frees the rest
         bias = None if linear.bias is None else linear.bias.detach()
-        model.set_submodule(name, BitStackLinear(*stack, bias, in_features=linear.in_features).eval())
-    for name in training:  # by name: the linears have just been replaced
-        model.get_submodule(name).training = True
+        model.set_submodule(name, BitStackLinear(*stack, bias, in_features=linear.in_features).train(linear.training))
     knobs = {"rank": rank, "n_levels": n_levels, "n_windows": len(scale_windows), "sort_windows": len(order_windows)}
     bitstack_hf.attach(model, knobs)
     stored = sum(stored_bytes(model).values())
     notes = {"knobs": knobs, "levels": loaded, "order_of_last_level": [name for _, name in order],
              "budget_bytes": budget.bytes}
     return Outcome(model, 8 * stored / budget.weights, stored, cost, None, notes)
+
+
+def default_rank(shapes: Iterable[tuple[int, int]]) -> int:
+    """Rank that weighs in matrices of these shapes [N, K] as the published 16 does in a square one of 4096.
+
+    The width is the largest of the shorter sides; no wider model gets more than 16.
+
+    Examples
+    --------
+    >>> default_rank([(4096, 4096), (14336, 4096)]), default_rank([(128, 256), (768, 256)])
+    (16, 1)
+    """
+    width = max(min(shape) for shape in shapes)
+    return min(FULL_RANK, max(1, FULL_RANK * width // FULL_WIDTH))
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model, linears):
+    """Evaluation mode inside; afterwards, also after an error, modules have their modes and linears their weights."""
+    training = [module for module in model.modules() if module.training]
+    weights = {name: linear.weight for name, linear in linears.items()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for name, linear in linears.items():
+            linear.weight = weights[name]
+        for module in training:
+            module.training = True
 
 
 class _Budget:

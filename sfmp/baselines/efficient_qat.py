@@ -31,6 +31,8 @@ from sfmp.walk import find_layers, is_chain
 FULL_WINDOWS, FULL_EPOCHS, FULL_TOKENS = 4096, 2, 2048  # of the published block-wise training, METHOD.md 1.8
 FULL_E2E_WINDOWS, FULL_E2E_EPOCHS, FULL_E2E_TOKENS = 4096, 1, 4096
 FULL_SALIENCE_WINDOWS, FULL_SALIENCE_TOKENS = 100, 512  # METHOD.md 1.2
+PUBLISHED_RATES = (2e-5, 1e-5)  # of weights: at 2 bits, above; METHOD.md 1.8
+FEW_BITS = 2.5  # mean code bits below which a plan is nearer 2 bits
 PROBE_TOKENS = 64  # on which a stack is proved to be a chain
 
 
@@ -55,15 +57,13 @@ def quantize(model, windows, bpw, *, seed=0, group_size=128, plan=None, mixed=Fa
         A name of `SALIENCE_SOURCES`, computed from `windows`; or salience that is at hand.
     n_windows, epochs, batch_size : int
         Of the block-wise training; windows are taken evenly spaced, all of them if there are fewer.
-    lr_weights : float, optional
-        By default 2e-5 for plans nearer 2 bits than 3, else 1e-5, as published.
-    lr_quant : float
-        Of steps and zeros.
+    lr_weights, lr_quant, e2e_lr : float or pair of float
+        Learning rates of weights; of steps and zeros; of the steps end to end.  A pair is for plans nearer
+        2 bits than 3, and for all others; ``lr_weights=None`` is the published pair.
     grad_clip : float
         Largest norm of a gradient, in both stages.
     e2e_windows, e2e_epochs, accumulation : int
         Of the end-to-end training, which sees one window at a time and steps after `accumulation` of them.
-    e2e_lr : float
     checkpointing : bool
         End to end, compute each layer again in the backward pass: the same numbers, less memory, more time.
 
@@ -87,13 +87,16 @@ def quantize(model, windows, bpw, *, seed=0, group_size=128, plan=None, mixed=Fa
     of all windows wait in main memory (twice: full-precision and quantized).
     Source: METHOD.md sections 1.8 and 2.8.
     """
-    knobs = _checked_knobs(dict(
-        group_size=group_size, n_windows=n_windows, epochs=epochs, batch_size=batch_size, lr_quant=lr_quant,
-        grad_clip=grad_clip, e2e_windows=e2e_windows, e2e_epochs=e2e_epochs, e2e_lr=e2e_lr,
-        accumulation=accumulation))
+    knobs = _checked_amounts(dict(
+        n_windows=n_windows, epochs=epochs, batch_size=batch_size, e2e_windows=e2e_windows,
+        e2e_epochs=e2e_epochs, accumulation=accumulation))
+    rates = dict(lr_weights=PUBLISHED_RATES if lr_weights is None else lr_weights, lr_quant=lr_quant, e2e_lr=e2e_lr,
+                 grad_clip=grad_clip)
+    rates = {name: _positive_pair(name, rate) for name, rate in rates.items()}
     windows = token_ids("windows", windows, model)
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise SfmpError(f"windows: expected [n, seqlen] with n >= 1 and seqlen >= 2, found {list(windows.shape)}")
+    knobs |= {name: min(knobs[name], len(windows)) for name in ("n_windows", "e2e_windows")}  # what is used
     cost = CostRecord()
     if mixed:
         if plan is not None:
@@ -103,10 +106,8 @@ def quantize(model, windows, bpw, *, seed=0, group_size=128, plan=None, mixed=Fa
                      salience=salience if isinstance(salience, str) else "given")
         plan = _mixed_plan(model, windows, spec, salience, cost)
     plan = _whole_bits_plan(model, bpw, group_size, seed) if plan is None else _rounding_plan(plan, bpw)
-    knobs.update(group_size=plan.spec.group_size)
-    if lr_weights is None:
-        lr_weights = 2e-5 if plan.wbits < 2.5 else 1e-5
-    knobs.update(lr_weights=_positive("lr_weights", lr_weights), checkpointing=bool(checkpointing))
+    knobs.update({name: low if plan.wbits < FEW_BITS else high for name, (low, high) in rates.items()})
+    knobs.update(group_size=plan.spec.group_size, checkpointing=bool(checkpointing))
     linears = _planned(model, plan)
     notes = {"knobs": knobs, **_train(model, plan, linears, windows, knobs, seed, cost)}
     _pack(model, plan, linears)
@@ -225,21 +226,16 @@ def _spaced(windows, count):
     return windows[torch.arange(count) * len(windows) // count]
 
 
-def _checked_knobs(knobs):
-    for name in ("n_windows", "batch_size", "e2e_windows", "accumulation"):
-        integer(name, knobs[name], 1)
-    for name in ("epochs", "e2e_epochs"):
-        integer(name, knobs[name], 0)
-    for name in ("lr_quant", "grad_clip", "e2e_lr"):
-        knobs[name] = _positive(name, knobs[name])
+def _checked_amounts(knobs):
+    for name, value in knobs.items():
+        integer(name, value, 0 if name in ("epochs", "e2e_epochs") else 1)
     return knobs
 
 
-def _positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise SfmpError(f"{name}: expected a positive number, found {value!r}")
-    return float(value)
-
-
-def _short(value):
-    return float(f"{value:.4g}")
+def _positive_pair(name, value):
+    """A number for few bits and one for more, from one number or two."""
+    pair = value if isinstance(value, tuple | list) and len(value) == 2 else (value, value)
+    for number in pair:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+            raise SfmpError(f"{name}: expected a positive number or a pair of them, found {value!r}")
+    return tuple(float(number) for number in pair)

@@ -17,7 +17,7 @@ POPULATION, EVALUATIONS = 200, 10_250  # of the genetic search: those of AMQ, ME
 
 
 def exact_allocation(losses, weights, levels, budget_bits: int, time_limit: float | None = None) -> np.ndarray:
-    """Choose the optimum by integer linear programming (HiGHS, no gap allowed).
+    """Choose the optimum by integer linear programming (HiGHS, no relative gap allowed).
 
     Parameters
     ----------
@@ -45,7 +45,9 @@ def exact_allocation(losses, weights, levels, budget_bits: int, time_limit: floa
     -----
     One binary variable per block and level. Loss and bits are counted from each block's lowest level, the loss in
     units of the largest one and the bits in units of their common divisor, so that the solver's absolute
-    tolerances mean the same for every model. Source: METHOD.md section 4, A4.
+    tolerances mean the same for every model. HiGHS stops at an absolute gap of 1e-6, which SciPy does not let us
+    change: the loss is optimal to a millionth of the largest gain of a block, and where one block dwarfs all others
+    theirs may be left unsolved. Source: METHOD.md section 4, A4.
 
     Examples
     --------

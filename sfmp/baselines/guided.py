@@ -38,7 +38,8 @@ def guided_salience(model: nn.Module, windows, *, groups: int = 4, skip: Iterabl
     windows : integers [n, seqlen], or any iterable of samples that `loss_fn` understands
         One forward and backward pass each.
     groups : int
-        Groups of output rows, contiguous and nearly equal; 4 in the publication.
+        Groups of output rows, contiguous and nearly equal; 4 in the publication. A matrix with fewer rows has
+        one for each.
     skip : names of linear layers to leave out, full or last component
     progress : bool
         Show a progress bar.
@@ -53,16 +54,16 @@ def guided_salience(model: nn.Module, windows, *, groups: int = 4, skip: Iterabl
     Raises
     ------
     SfmpError
-        If there is no linear layer or no sample, a matrix has fewer rows than `groups`, a loss is not a finite
-        scalar, or a salience is not finite (named).
+        If there is no linear layer or no sample, a loss is not a finite scalar, or a salience is not finite
+        (named).
 
     Notes
     -----
     Peak memory is the model and the activations of one sample; sums are float32.
     Source: METHOD.md section 2.7.
     """
-    layers = linear_modules(model, skip)
-    sums = {name: torch.zeros(_checked_groups(name, layer, groups), layer.in_features, dtype=torch.float32,
+    layers, groups = linear_modules(model, skip), integer("groups", groups, 1)
+    sums = {name: torch.zeros(min(groups, layer.out_features), layer.in_features, dtype=torch.float32,
                               device=layer.weight.device) for name, layer in layers.items()}
 
     def add(name, tokens, weights):
@@ -88,20 +89,21 @@ def guided_hessians(model: nn.Module, windows, *, groups: int = 4, skip: Iterabl
     Returns
     -------
     dict name -> float32 tensor [groups, K, K] on the device of its layer
+        Groups as in :func:`guided_salience`.
 
     Raises
     ------
     SfmpError
         As :func:`guided_salience`, or if a name is no linear layer of the model.
     """
-    layers = linear_modules(model, skip)
+    layers, groups = linear_modules(model, skip), integer("groups", groups, 1)
     if names is not None:
         names = list(names)
         for name in names:
             if name not in layers:
                 raise SfmpError(f"names: expected linear layers of the model, found {name!r}")
         layers = {name: layers[name] for name in names}
-    sums = {name: torch.zeros(_checked_groups(name, layer, groups), layer.in_features, layer.in_features,
+    sums = {name: torch.zeros(min(groups, layer.out_features), layer.in_features, layer.in_features,
                               dtype=torch.float32, device=layer.weight.device)
             for name, layer in layers.items()}
 
@@ -166,22 +168,16 @@ def block_losses(weight, hessians, row_perm, col_perm, grid: BlockGrid, levels) 
     return losses.reshape(-1, len(levels))
 
 
-def _checked_groups(name, layer, groups) -> int:
-    groups = integer("groups", groups, 1)
-    if layer.out_features < groups:
-        raise SfmpError(f"{name}: expected at least {groups} output rows for {groups} groups, found "
-                        f"{layer.out_features}; use fewer groups or skip it")
-    return groups
-
-
 def _sizes(rows, groups):
-    """Nearly equal contiguous parts; the first ones get the remainder."""
+    """Nearly equal contiguous parts, no empty ones; the first ones get the remainder."""
+    groups = min(groups, rows)
     return [rows // groups + (index < rows % groups) for index in range(groups)]
 
 
 def _group_of_row(rows, groups) -> torch.Tensor:
     """Group of each output row, int64 [rows]."""
-    return torch.arange(groups).repeat_interleave(torch.tensor(_sizes(rows, groups)))
+    sizes = torch.tensor(_sizes(rows, groups))
+    return torch.arange(len(sizes)).repeat_interleave(sizes)
 
 
 def _pass_over(model, layers, windows, groups, add, loss_fn, progress, title):

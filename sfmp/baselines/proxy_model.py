@@ -33,6 +33,11 @@ def jensen_shannon(reference, logits) -> float:
     float
         In nats, between 0 and log 2 per token.
 
+    Raises
+    ------
+    SfmpError
+        If the shapes differ, or the divergence is not a finite number.
+
     Examples
     --------
     >>> jensen_shannon(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.0]]))
@@ -53,6 +58,8 @@ def jensen_shannon(reference, logits) -> float:
         mixed = torch.nn.functional.softplus(apart) - math.log(2)
         per_token = (log_q.exp() * (apart - mixed) - log_p.exp() * mixed).sum(-1)
         total += 0.5 * float(per_token.sum(dtype=torch.float64))
+    if not math.isfinite(total):
+        raise SfmpError("logits: expected finite numbers, found a divergence of NaN or infinity; check the weights")
     return total
 
 
@@ -131,8 +138,20 @@ class ProxyModel:
                 self._set(None)
                 reference = self._logits(batch)
             self._set(bits)
-            total += jensen_shannon(reference, self._logits(batch))
+            try:
+                total += jensen_shannon(reference, self._logits(batch))
+            except SfmpError as error:
+                raise SfmpError(f"design {''.join(str(int(b)) for b in bits)} (bits of {self.names[0]} and on), "
+                                f"{self._suspect(reference)}: {error}") from error
         return total / self.windows.numel()
+
+    def _suspect(self, reference) -> str:
+        """Where numbers that are not finite come from, as far as that can be seen; the design is set."""
+        if not torch.isfinite(reference).all():
+            return "full precision already gives logits that are not finite"
+        broken = [name for name, linear in zip(self.names, self._linears, strict=True)
+                  if not torch.isfinite(linear.weight).all()]
+        return f"proxy weights of {broken[0]} not finite" if broken else f"weights finite, {reference.dtype} overflows"
 
     def _batches(self):
         return self.windows.split(max(1, BATCH_TOKENS // self.windows.shape[1]))

@@ -30,6 +30,8 @@ class Search:
     frozen : bool [linears]
         Linears that keep the highest level.
     group_size : int
+    knobs : dict
+        What the search was run with; JSON-able.
 
     Attributes
     ----------
@@ -38,8 +40,8 @@ class Search:
         Mean Jensen-Shannon divergence per token from full precision, in nats.
     """
 
-    def __init__(self, names, weights, sensitivities, frozen, group_size):
-        self.names, self.group_size = list(names), group_size
+    def __init__(self, names, weights, sensitivities, frozen, group_size, knobs=None):
+        self.names, self.group_size, self.knobs = list(names), group_size, dict(knobs or {})
         self.weights = np.asarray(weights, dtype=np.int64)
         self.sensitivities = np.asarray(sensitivities, dtype=np.float64)
         self.frozen = np.asarray(frozen, dtype=bool)
@@ -124,7 +126,7 @@ class Search:
         """Write the archive as JSON, replacing `path` atomically; equal searches give equal bytes."""
         text = json.dumps({
             "format_version": 1, "names": self.names, "weights": self.weights.tolist(),
-            "group_size": self.group_size, "sensitivities": self.sensitivities.tolist(),
+            "group_size": self.group_size, "knobs": self.knobs, "sensitivities": self.sensitivities.tolist(),
             "frozen": self.frozen.tolist(), "bits": self.bits.tolist(), "divergences": self.divergences.tolist(),
         })
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -136,12 +138,21 @@ class Search:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["format_version"] != 1:
                 raise SfmpError(f"{path}: expected a search of format_version 1, found {data['format_version']}")
-            found = cls(data["names"], data["weights"], data["sensitivities"], data["frozen"], data["group_size"])
+            found = cls(data["names"], data["weights"], data["sensitivities"], data["frozen"], data["group_size"],
+                        data["knobs"])
+            if any(len(row) != len(found.names) for row in data["bits"]):
+                raise SfmpError(f"{path}: expected designs of {len(found.names)} linears each, found others; the file "
+                                "was altered, search again")
             found.add(data["bits"], data["divergences"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except SfmpError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:  # not JSON, parts missing, or rows of unequal length
             raise SfmpError(f"{path}: expected a file of Search.save, found another ({error}); "
                             "search again") from error
         if not len(found.weights) == len(found.sensitivities) == len(found.frozen) == len(found.names):
             raise SfmpError(f"{path}: expected {len(found.names)} weights, sensitivities and frozen flags; the file "
                             "was altered, search again")
+        if len(found.bits) != len(found.divergences):
+            raise SfmpError(f"{path}: expected as many divergences as designs, found {len(found.divergences)} and "
+                            f"{len(found.bits)}; the file was altered, search again")
         return found

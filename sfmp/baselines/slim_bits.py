@@ -91,65 +91,90 @@ def candidate_bits(order, groups: int, base: int, p: int) -> np.ndarray:
     return bits
 
 
-def search_bits(weight, salience, inputs, base: int, group_size: int):
-    """Choose p by the mean divergence of the quantized layer's outputs.
+class Exchanges:
+    """Every exchange of bits inside one matrix, ready to be compared.
 
     Parameters
     ----------
     weight : Tensor float32 [N, K]
     salience : ndarray [groups]
-    inputs : list of Tensor float32 [..., K]
-        Samples; empty means no search.
     base : int
         Mean bits, 2..7.
     group_size : int
-
-    Returns
-    -------
-    bits : ndarray uint8 [groups]
-    divergences : list of float
-        One per candidate, p = 0 first; empty if there was no search.
+    kl : str
+        Direction of the divergence, a key of `DIRECTIONS`.
 
     Notes
     -----
-    Source: METHOD.md 2.3.  The divergence of a token is ``KL(softmax(x Wᵀ) || softmax(x W_qᵀ))``: what is lost
-    when the quantized outputs stand for the true ones.  METHOD writes the two the other way round; this way
-    gives the lower perplexity on the embedded model, and a rival gets the benefit of the doubt.  Ties go to
-    the smaller p.  Weights are rounded to nearest.  Going from p to p + 1 changes two groups only, so their
-    part of ``x W_qᵀ`` is replaced instead of computing the whole product again: the same numbers for a
-    fraction of the published cost.
+    Source: METHOD.md 2.3.  Weights are rounded to nearest.  Going from p - 1 to p changes two groups only, so
+    their part of ``x W_qᵀ`` is replaced instead of rounding the matrix and computing the whole product again:
+    the same numbers for a fraction of the published cost.
     """
-    count, groups = candidates(weight.shape[1], group_size), len(salience)
-    whole = weight.shape[1] // group_size
-    order = np.argsort(salience[:whole], kind="stable")
-    if count == 1 or not inputs:
-        return candidate_bits(order, groups, base, 0), []
-    rounded = {bits: _rounded(weight, bits, group_size) for bits in (base - 1, base, base + 1)}
-    changes = []
-    for p in range(1, count):
-        for group, bits in ((order[p - 1], base - 1), (order[-p], base + 1)):
-            columns = slice(int(group) * group_size, (int(group) + 1) * group_size)
-            changes.append((p, columns, (rounded[bits] - rounded[base])[:, columns].T))
-    totals, tokens = np.zeros(count), 0
-    for sample in inputs:
-        x = sample.reshape(-1, sample.shape[-1])
-        target = torch.log_softmax(x @ weight.T, -1)
-        probability = target.exp()
-        outputs = x @ rounded[base].T
-        totals[0] += divergence(outputs, target, probability)
-        for number, (p, columns, change) in enumerate(changes):
-            outputs.addmm_(x[:, columns], change)
-            if number % 2:
-                totals[p] += divergence(outputs, target, probability)
-        tokens += len(x)
-    divergences = [float(total) / tokens for total in totals]
-    return candidate_bits(order, groups, base, int(np.argmin(divergences))), divergences
+
+    def __init__(self, weight, salience, base: int, group_size: int, kl: str = "quantized"):
+        self.direction = DIRECTIONS[kl]
+        self.weight, self.base, self.groups = weight, base, len(salience)
+        self.count = candidates(weight.shape[1], group_size)
+        self.order = np.argsort(salience[: weight.shape[1] // group_size], kind="stable")
+        if self.count == 1:
+            return
+        rounded = {bits: _rounded(weight, bits, group_size) for bits in (base - 1, base, base + 1)}
+        self.uniform, self.changes = rounded[base], []
+        for p in range(1, self.count):
+            pair = []
+            for group, bits in ((self.order[p - 1], base - 1), (self.order[-p], base + 1)):
+                columns = slice(int(group) * group_size, (int(group) + 1) * group_size)
+                pair.append((columns, (rounded[bits] - rounded[base])[:, columns].T.contiguous()))
+            self.changes.append(pair)
+
+    def bits(self, p: int) -> np.ndarray:
+        """Bits uint8 [groups] after the first `p` exchanges."""
+        return candidate_bits(self.order, self.groups, self.base, p)
+
+    def divergences(self, inputs) -> list[float]:
+        """Mean divergence of the outputs for p = 0, 1, ...; empty if there is nothing to compare.
+
+        Parameters
+        ----------
+        inputs : list of Tensor float32 [..., K]
+            Samples.
+
+        Notes
+        -----
+        Source: METHOD.md 2.3.  As published the divergence of a token is ``KL(softmax(x W_qᵀ) || softmax(x Wᵀ))``,
+        `kl` ``"quantized"``.  The other way round, ``"original"``, is what is lost when the quantized outputs
+        stand for the true ones; it gives the lower perplexity on the embedded model.
+        """
+        if self.count == 1 or not inputs:
+            return []
+        totals, tokens = np.zeros(self.count), 0
+        for sample in inputs:
+            x = sample.reshape(-1, sample.shape[-1])
+            target = torch.log_softmax(x @ self.weight.T, -1)
+            probability = target.exp()  # once for all candidates
+            outputs = x @ self.uniform.T
+            totals[0] += self.direction(outputs, target, probability)
+            for p, pair in enumerate(self.changes, 1):
+                for columns, change in pair:
+                    outputs.addmm_(x[:, columns], change)
+                totals[p] += self.direction(outputs, target, probability)
+            tokens += len(x)
+        return [float(total) / tokens for total in totals]
 
 
-def divergence(outputs, target, probability) -> float:
+def from_original(outputs, target, probability) -> float:
     """Sum over tokens of KL(probability || softmax(outputs)), all [T, N]; `target` is log(probability)."""
     difference = target - torch.log_softmax(outputs, -1)
     return float(torch.linalg.vecdot(probability, difference).sum(dtype=torch.float64))
+
+
+def from_quantized(outputs, target, probability) -> float:
+    """Sum over tokens of KL(softmax(outputs) || probability); the arguments of :func:`from_original`."""
+    found = torch.log_softmax(outputs, -1)
+    return float(torch.linalg.vecdot(found.exp(), found - target).sum(dtype=torch.float64))
+
+
+DIRECTIONS = {"quantized": from_quantized, "original": from_original}  # by whose probabilities are the weights
 
 
 def _rounded(weight, bits, group_size):

@@ -18,7 +18,7 @@ import torch
 
 from sfmp.apply import quantize_model
 from sfmp.baselines.outcome import Outcome, stored_bytes
-from sfmp.baselines.slim_bits import SampledStats, candidates, group_salience, search_bits
+from sfmp.baselines.slim_bits import DIRECTIONS, Exchanges, SampledStats, candidates, group_salience
 from sfmp.baselines.slim_scales import calibrated_parameters
 from sfmp.baselines.uniform import uniform_plan
 from sfmp.checks import SfmpError, integer
@@ -33,7 +33,7 @@ FULL_WINDOWS, FULL_TOKENS = 128, 2048  # of the publication, METHOD.md 2.3
 
 
 def quantize(model, windows, bpw, *, seed=0, group_size=128, n_windows=FULL_WINDOWS, sba_windows=FULL_WINDOWS,
-             sba_tokens=None, sqc_steps=50, sqc_range=0.1, lam=1.0):
+             sba_tokens=None, sqc_steps=50, sqc_range=0.1, lam=1.0, kl="quantized"):
     """Quantize `model` in place by SliM-LLM.
 
     Parameters
@@ -56,13 +56,16 @@ def quantize(model, windows, bpw, *, seed=0, group_size=128, n_windows=FULL_WIND
         Distance of the outermost from 1.
     lam : float
         Weight of salient weights in the choice of a range.
+    kl : str
+        Direction of the divergence by which bit maps are compared: ``quantized``, published, is
+        KL(softmax(x W_qᵀ) || softmax(x Wᵀ)); ``original`` is the reverse.
 
     Returns
     -------
     Outcome
-        Stages ``hessian`` (the walk through the layers, packing included), ``bit search (SBA)`` and ``column
-        update (SQC + GPTQ)``.  Notes: ``matrices`` holds bits, divergences and the rest per matrix,
-        ``with_choice`` counts those with enough groups for a search.
+        Stages ``hessian`` (the walk through the layers, packing included), ``column update (SQC + GPTQ)`` and
+        ``bit search (SBA)``.  Notes: ``matrices`` holds bits, divergences and the rest per matrix,
+        ``with_choice`` counts those with enough groups for a search, ``knobs`` has the amounts that were used.
 
     Raises
     ------
@@ -73,15 +76,18 @@ def quantize(model, windows, bpw, *, seed=0, group_size=128, n_windows=FULL_WIND
     -----
     Source: METHOD.md 2.3.  The Hessian is damped as in GPTQ (1 % of the mean diagonal), not by an absolute
     0.01.  A matrix needs four whole groups before p = 1 exists; smaller ones stay uniform.
+    The cost of the column update is not extrapolated over `sqc_steps`: with fewer ranges than published its
+    `full_seconds` is a lower bound.
     """
-    knobs = _checked_knobs(n_windows, sba_windows, sba_tokens, sqc_steps, sqc_range, lam)
+    knobs = _checked_knobs(n_windows, sba_windows, sba_tokens, sqc_steps, sqc_range, lam, kl)
     plan = _starting_plan(model, bpw, group_size, seed)
     windows = checked_windows(model, windows, "slim_llm")
     given, length = len(windows), windows.shape[1]
     n_windows, sba_windows = min(n_windows, given), min(sba_windows, n_windows, given)
     windows = windows[torch.arange(n_windows) * given // n_windows]
+    knobs |= {"n_windows": n_windows, "sba_windows": sba_windows, "sba_tokens": min(sba_tokens or length, length)}
     cost = CostRecord()
-    run = _Run(cost, round(plan.wbits), sba_windows,
+    run = _Run(cost, round(plan.wbits), sba_windows, kl,
                functools.partial(calibrated_parameters, steps=sqc_steps, spread=sqc_range, lam=lam))
     new_stats = functools.partial(SampledStats, windows=sba_windows, of=n_windows, tokens_each=sba_tokens,
                                   group_size=group_size)
@@ -90,10 +96,9 @@ def quantize(model, windows, bpw, *, seed=0, group_size=128, n_windows=FULL_WIND
         matrices = model.sfmp_report["matrices"]
         plan = _decided_plan(plan, matrices)
         attach(model, plan)
-    _count(cost, plan, n_windows, sba_windows, length, min(sba_tokens or length, length))
+    _count(cost, plan, n_windows, sba_windows, length, knobs["sba_tokens"])
     notes = {
         "knobs": {"group_size": group_size, **knobs},
-        "windows_used": {"hessian": n_windows, "search": sba_windows},
         "with_choice": sum(candidates(matrix.shape[1], group_size) > 1 for matrix in plan.values()),
         "matrices": {name: matrices[name] for name in plan},
     }
@@ -103,8 +108,8 @@ def quantize(model, windows, bpw, *, seed=0, group_size=128, n_windows=FULL_WIND
 class _Run:
     """The solver of one call: times its parts and leaves its decisions in the notes of each matrix."""
 
-    def __init__(self, cost, base, sba_windows, choose):
-        self.cost, self.base, self.sba_windows, self.choose = cost, base, sba_windows, choose
+    def __init__(self, cost, base, sba_windows, kl, choose):
+        self.cost, self.base, self.sba_windows, self.kl, self.choose = cost, base, sba_windows, kl, choose
         self.current = contextlib.ExitStack()
 
     @contextlib.contextmanager
@@ -123,19 +128,24 @@ class _Run:
 
     def solve(self, weight, stats, matrix, spec):
         """Bits of the groups, then their codes; see sfmp.solvers for the arguments."""
-        stage = self._enter("bit search (SBA)", "candidate x window")
+        # What is done once per matrix stays out of the search: its cost is extrapolated by candidates and windows.
+        self._enter("column update (SQC + GPTQ)", "matrix").units += 1
         current, factor = compensation(weight, stats, matrix)
         salience = group_salience(current, factor, spec.group_size)
-        bits, divergences = search_bits(current, salience, stats.kept, self.base, spec.group_size)
-        stage.units += len(divergences) * self.sba_windows
-        self._enter("column update (SQC + GPTQ)", "matrix").units += 1
+        exchanges = Exchanges(current, salience, self.base, spec.group_size, self.kl)
+        search = self._enter("bit search (SBA)", "candidate x window")
+        divergences = exchanges.divergences(stats.kept)
+        search.units += len(divergences) * self.sba_windows
+        p = int(np.argmin(divergences)) if divergences else 0  # ties go to the smaller p
+        bits = exchanges.bits(p)
+        self._enter("column update (SQC + GPTQ)", "matrix")
         quantized = round_columns(current, factor, bits[None], spec, self.choose)
         self._enter("hessian", "model evaluation")
-        stats.notes.update(group_bits=bits.tolist(), p=int((bits > self.base).sum()), divergences=divergences)
+        stats.notes.update(group_bits=bits.tolist(), p=p, divergences=divergences)
         return quantized
 
 
-def _checked_knobs(n_windows, sba_windows, sba_tokens, sqc_steps, sqc_range, lam):
+def _checked_knobs(n_windows, sba_windows, sba_tokens, sqc_steps, sqc_range, lam, kl):
     """The knobs as they go in the notes, or a clear error."""
     integer("n_windows", n_windows, 1)
     integer("sba_windows", sba_windows, 0)
@@ -146,8 +156,10 @@ def _checked_knobs(n_windows, sba_windows, sba_tokens, sqc_steps, sqc_range, lam
         raise SfmpError(f"sqc_range: expected a number in 0..1 (1 excluded), found {sqc_range!r}")
     if not (lam >= 0.0 and math.isfinite(lam)):
         raise SfmpError(f"lam: expected a finite number >= 0, found {lam!r}")
+    if kl not in DIRECTIONS:
+        raise SfmpError(f"kl: expected one of {', '.join(DIRECTIONS)}, found {kl!r}")
     return {"n_windows": n_windows, "sba_windows": sba_windows, "sba_tokens": sba_tokens,
-            "sqc_steps": sqc_steps, "sqc_range": sqc_range, "lam": lam}
+            "sqc_steps": sqc_steps, "sqc_range": sqc_range, "lam": lam, "kl": kl}
 
 
 def _starting_plan(model, bpw, group_size, seed) -> Plan:
