@@ -22,7 +22,7 @@ from transformers import (
 from sfmp import hf
 from sfmp.card import model_card
 from sfmp.checkpoint import digest
-from sfmp.linear import SFMPLinear
+from sfmp.linear import SFMPLinear, keep_dequantized
 from sfmp.packed import TENSORS
 from sfmp.spec import SfmpError
 
@@ -146,7 +146,8 @@ def test_rounded_rotary_frequencies_are_restored():
 
 def test_dequantize_gives_ordinary_layers(folders):
     model = AutoModelForCausalLM.from_pretrained(folders[0])
-    expected = _logits(model)
+    with keep_dequantized(model):
+        expected = _logits(model)
     model.dequantize()
     assert not hf.quantized_layers(model) and not hasattr(model.config, "quantization_config")
     assert torch.equal(_logits(model), expected)
