@@ -13,6 +13,15 @@ from sfmp.checks import SfmpError
 from sfmp.packed import TENSORS, PackedMatrix
 
 
+@torch.compiler.disable(reason="the first product of an SFMPLinear repacks its weight; call the model once before it "
+                        "is compiled")
+def _first_product(x, layer):
+    """The product with all checks, which prepares what later ones need."""
+    from kernels_numba import matmul
+
+    return matmul(x, layer, backend=layer.backend, mode=layer.mode)
+
+
 class StoredLinear(nn.Module):
     """Base of the layers whose weight is a few stored tensors: buffers that keep their dtypes.
 
@@ -115,9 +124,7 @@ class SFMPLinear(StoredLinear):
         ready = self._cache.get("ready")
         if ready is not None and ready[0] == (self.backend, self.mode) and ready[1].takes(x):
             return ready[1].multiply(x, self._buffers["bias"], ready[2])
-        from kernels_numba import matmul
-
-        return matmul(x, self, backend=self.backend, mode=self.mode)
+        return _first_product(x, self)
 
     def extra_repr(self) -> str:
         bpw = "" if self.planes.is_meta else f", bpw={self.packed.bpw:.3f}"
