@@ -76,16 +76,6 @@ class _Clock:
         """Called by ``generate`` after the last token, which has been noted."""
 
 
-def decode(models: Iterable[str] = (EMBEDDED, "1.1B"), bpw: Iterable[float] = BPW, modes: Iterable[str] = MODES,
-           **options) -> list[dict]:
-    """Measure torch and packed weights for each model; the rows of `measure_decode`, which takes the options.
-
-    The models follow one another; all candidates of one are in memory together: for 1.1B parameters about 10 GB.
-    """
-    bpw, modes = tuple(bpw), tuple(modes)
-    return [row for model in models for row in measure_decode(decoders_of(model, bpw, modes), **options)]
-
-
 def measure_decode(decoders: list[Decoder], *, prompt_tokens: int = 32, new_tokens: int = 32, rounds: int = 5,
                    batch: int = 1, seed: int = 0) -> list[dict]:
     """Generate with every model in `rounds` rounds.
@@ -190,6 +180,8 @@ def weight_bytes(model: nn.Module) -> int:
 def decoders_of(model: str, bpw: Iterable[float] = BPW, modes: Iterable[str] = MODES,
                 references=("torch fp32", "torch bf16"), seed: int = 0) -> list[Decoder]:
     """Return what is compared for one model: torch, and packed weights of each `bpw` in each mode.
+
+    All are in memory together: for 1.1B parameters about 10 GB.
 
     Parameters
     ----------
