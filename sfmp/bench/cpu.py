@@ -110,11 +110,11 @@ def _product(part, rounds, cpus, absent):
 
     rows, columns = part["shape"]
     x, candidates = torch.randn(1, columns, generator=torch.Generator().manual_seed(1)), []
-    for bits, mixed in [*((bits, False) for bits in BITS), (3, True)]:
-        matrices = Matrices(rows, columns, bits, mixed)
-        candidates += matrices.candidates(x, MODES)
-        if not mixed:
-            candidates += roof.candidates(matrices.images, matrices.label)
+    for bits in BITS:
+        matrices = Matrices(rows, columns, bits)
+        candidates += matrices.candidates(x, MODES) + roof.candidates(matrices.images, matrices.label)
+    candidates += Matrices(rows, columns, 3, mixed=True).candidates(x, MODES)
+    candidates += Matrices(rows, columns, 3, natural=True).candidates(x, MODES)
     return timing.measure(candidates + _peers(rows, columns, x, cpus, absent), rounds)
 
 

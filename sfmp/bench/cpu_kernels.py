@@ -1,7 +1,7 @@
-"""Our CPU kernels as candidates: matrices of random codes, each copy with a column order of its own.
+"""Our CPU kernels as candidates: matrices of random codes, each copy with an order of its own.
 
-Tables of activations are kept between products of the same column order, so copies that shared one would be timed
-without the cost of their tables.
+Tables of activations are kept between products of the same activations in the same order, so every copy is multiplied
+with activations of its own: all products pay for their tables.
 """
 
 from __future__ import annotations
@@ -23,42 +23,54 @@ class Matrices:
     Attributes
     ----------
     label : str
-        Mean bits, and "mixed" where 2-, 3- and 4-bit blocks make up a mean of 3.
+        Mean bits; "mixed" where 2-, 3- and 4-bit blocks make up a mean of 3; "natural" where nothing is permuted.
     packed : PackedMatrix
         The first copy.
     images : list of numpy.ndarray
         What the kernels read.
     """
 
-    def __init__(self, rows: int, columns: int, bits: float, mixed: bool = False):
-        self.label = f"{bits:g}{' mixed' if mixed else ''}"
-        make = functools.partial(random_packed, rows, columns, bits + 32 / GROUP_SIZE, GROUP_SIZE, BLOCK_ROWS,
-                                 mixed=mixed)
-        self.packed = make(seed=0)
+    def __init__(self, rows: int, columns: int, bits: float, mixed: bool = False, natural: bool = False):
+        self.label = f"{bits:g}{' mixed' if mixed else ''}{' natural' if natural else ''}"
+        self.mixed, self.natural = mixed, natural
+        self.packed = self._make(rows, columns, bits, 0)
         self.weights = [product.weight(self.packed)]
         for seed in range(1, copies(len(self.weights[0].image))):
-            self.weights.append(product.weight(make(seed=seed)))
+            self.weights.append(product.weight(self._make(rows, columns, bits, seed)))
         self.images = [weight.image.numpy() for weight in self.weights]
+
+    def _make(self, rows, columns, bits, seed):
+        packed = random_packed(rows, columns, bits + 32 / GROUP_SIZE, GROUP_SIZE, BLOCK_ROWS, seed, self.mixed)
+        if self.natural:
+            for permutation in (packed.row_perm, packed.col_perm):
+                permutation.copy_(torch.arange(len(permutation)))
+        return packed
 
     def candidates(self, x: torch.Tensor, modes) -> list[Candidate]:
         """One candidate for each mode: products as a layer calls them, tables included."""
-        expected = x.double() @ self.packed.dequantize().double().T
-        return [self._candidate(x, mode, expected) for mode in modes]
+        expected, given = x.double() @ self.packed.dequantize().double().T, self._activations(x)
+        return [self._candidate(given, mode, expected) for mode in modes]
 
-    def _candidate(self, x, mode, expected):
-        products = [functools.partial(weight.multiply, x, None, mode) for weight in self.weights]
+    def _activations(self, x):
+        """x for the first copy, others for the others."""
+        generator = torch.Generator().manual_seed(2)
+        return [x, *(torch.randn(x.shape, generator=generator) for _ in self.weights[1:])]
+
+    def _candidate(self, given, mode, expected):
+        products = [functools.partial(weight.multiply, x, None, mode)
+                    for weight, x in zip(self.weights, given, strict=True)]
         return Candidate(f"{mode} {self.label}", "sfmp", products, len(self.images[0]),
                          error=relative_error(products[0]().float(), expected),
-                         facts={"mode": mode, "bits": round(self.packed.wbits, 6), "mixed": "mixed" in self.label,
-                                "stored_bytes": self.packed.nbytes})
+                         facts={"mode": mode, "bits": round(self.packed.wbits, 6), "mixed": self.mixed,
+                                "natural": self.natural, "stored_bytes": self.packed.nbytes})
 
     def both_ways(self, x: torch.Tensor, mode: str) -> list[Candidate]:
         """Many tokens: through tables, and through dequantized panels, whatever the launch table says."""
         image, rows, tile_columns = self.weights[0].image, self.packed.shape[0], self.weights[0].tile_columns
         expected, found = x.double() @ self.packed.dequantize().double().T, []
         for way in ("tables", "panels"):
-            products = [functools.partial(_through, way, weight, x, rows, tile_columns, mode)
-                        for weight in self.weights]
+            products = [functools.partial(_through, way, weight, tokens, rows, tile_columns, mode)
+                        for weight, tokens in zip(self.weights, self._activations(x), strict=True)]
             found.append(Candidate(f"{mode} {way} {self.label}", "sfmp", products, len(image),
                                    error=relative_error(products[0]().float(), expected),
                                    facts={"mode": mode, "way": way, "bits": round(self.packed.wbits, 6)}))

@@ -1,0 +1,1 @@
+"""Timing of kernels and decoding beside their peers, in one run: ``python -m sfmp.bench``."""
