@@ -7,7 +7,7 @@ import numpy as np
 
 from sfmp.checks import SfmpError, is_skipped
 from sfmp.grid import BlockGrid
-from sfmp.reorder import apply, as_numpy, block_sums, permutations
+from sfmp.reorder import apply, as_numpy, block_sums, permutations, shared_columns
 from sfmp.spec import MatrixPlan, Plan, QuantSpec
 
 
@@ -115,7 +115,8 @@ def make_plan(salience: Mapping, spec: QuantSpec, model=None) -> Plan:
     Parameters
     ----------
     salience : mapping name -> array or tensor [N, K], >= 0, natural order
-        Read one matrix at a time, so a lazily loading mapping keeps one in memory.
+        Read one matrix at a time, so a lazily loading mapping keeps one in memory. `shared_columns` needs its
+        `readers` (sfmp.readers.Salience).
     spec : QuantSpec
         Its `skip` names are left out.
     model : torch.nn.Module, optional
@@ -130,8 +131,8 @@ def make_plan(salience: Mapping, spec: QuantSpec, model=None) -> Plan:
     Raises
     ------
     SfmpError
-        If a salience matrix is not 2-D, negative or not finite, nothing is left to plan, or the model is
-        missing or does not match.
+        If a salience matrix is not 2-D, negative or not finite, nothing is left to plan, the model is
+        missing or does not match, or nobody recorded which matrices may share columns.
 
     Notes
     -----
@@ -196,10 +197,16 @@ def block_problem(salience: Mapping, spec: QuantSpec, model=None) -> BlockProble
     names = sorted(name for name in salience if not is_skipped(name, spec.skip))
     if not names:
         raise SfmpError(f"salience: expected a matrix that skip={spec.skip} keeps, found {list(salience)}")
+
+    def column_sums(name):
+        return _checked(name, salience[name]).sum(axis=0, dtype=np.float64)
+
     problem = BlockProblem(spec, {}, {}, {}, {})
+    sharing = spec.shared_columns and spec.reorder in ("both", "cols")  # the natural order is everybody's
+    columns = shared_columns(salience, names, column_sums) if sharing else {}
     for name in names:
         matrix = _checked(name, salience[name])
-        rows, cols = permutations(matrix, spec.reorder)
+        rows, cols = permutations(matrix, spec.reorder, columns.get(name))
         grid = BlockGrid(*matrix.shape, spec.block_rows, spec.group_size)
         problem.permuted[name], problem.grids[name] = (rows, cols), grid
         problem.sums[name] = block_sums(matrix, rows, cols, grid).ravel()

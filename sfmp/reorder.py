@@ -3,6 +3,8 @@
 Matrices may be numpy arrays or torch tensors of any device; permutations are numpy int64, sums numpy float64.
 """
 
+from collections.abc import Callable, Collection, Mapping
+
 import numpy as np
 
 from sfmp.checks import SfmpError, check_permutation
@@ -20,13 +22,15 @@ def as_numpy(array) -> np.ndarray:
     return (tensor if str(tensor.dtype) in ("torch.float32", "torch.float64") else tensor.float()).numpy()
 
 
-def permutations(salience, reorder: str = "both") -> tuple[np.ndarray, np.ndarray]:
+def permutations(salience, reorder: str = "both", columns=None) -> tuple[np.ndarray, np.ndarray]:
     """Sort rows and columns by their total salience, highest first.
 
     Parameters
     ----------
     salience : array or tensor [N, K], >= 0
     reorder : {"both", "rows", "cols", "none"}
+    columns : float64 [K], optional
+        What the columns are sorted by in place of their own total.
 
     Returns
     -------
@@ -56,12 +60,59 @@ def permutations(salience, reorder: str = "both") -> tuple[np.ndarray, np.ndarra
     if matrix.ndim != 2:
         raise SfmpError(f"salience: expected a matrix [N, K], found shape {matrix.shape}")
 
-    def order(axis, wanted):
+    def order(axis, wanted, totals=None):
         if not wanted:
             return np.arange(matrix.shape[1 - axis], dtype=np.int64)
-        return np.argsort(-matrix.sum(axis=axis, dtype=np.float64), kind="stable").astype(np.int64)
+        totals = matrix.sum(axis=axis, dtype=np.float64) if totals is None else totals
+        return np.argsort(-totals, kind="stable").astype(np.int64)
 
-    return order(1, reorder in ("both", "rows")), order(0, reorder in ("both", "cols"))
+    return order(1, reorder in ("both", "rows")), order(0, reorder in ("both", "cols"), columns)
+
+
+def shared_columns(salience: Mapping, names: Collection[str], column_sums: Callable) -> dict[str, np.ndarray]:
+    """Salience of the columns of matrices that read the same activations: what one order for all of them sorts by.
+
+    An allocation adds up the losses of all matrices, so a column that several read weighs the sum of what it weighs
+    in each.
+
+    Parameters
+    ----------
+    salience : mapping with `readers`
+        See sfmp.readers.Salience.
+    names : collection of str
+        The matrices that are planned; others have no say.
+    column_sums : callable name -> float64 [K]
+        Salience of each column of one matrix.
+
+    Returns
+    -------
+    dict name -> float64 [K]
+        The same array for all of a group; a matrix that reads alone is left out.
+
+    Raises
+    ------
+    SfmpError
+        If there is no record of some matrix, or it puts matrices of different widths together.
+    """
+    groups = getattr(salience, "readers", None) or ()
+    unknown = sorted(set(names).difference(*groups))
+    if unknown:
+        raise SfmpError(
+            f"salience: expected a record of which matrices read the same activations, as shared_columns=True needs; "
+            f"found none of {unknown[0]}. Salience of data keeps one (fisher_salience, activation_salience, "
+            "guided_salience; files of before and plain dicts have none): compute it again, or pass Salience(salience, "
+            "activation_salience(model, windows[:1]).readers), or leave shared_columns off")
+    found = {}
+    for group in groups:
+        members = sorted(set(group).intersection(names))
+        if len(members) > 1:
+            sums = [column_sums(name) for name in members]
+            if len({len(columns) for columns in sums}) > 1:
+                widths = ", ".join(f"{name} {len(columns)}" for name, columns in zip(members, sums, strict=True))
+                raise SfmpError(f"salience: expected matrices that read the same activations to have as many columns, "
+                                f"found {widths}; is the record of another model?")
+            found.update(dict.fromkeys(members, np.sum(sums, axis=0)))
+    return found
 
 
 def apply(matrix, row_perm: np.ndarray, col_perm: np.ndarray):

@@ -1,7 +1,6 @@
 """How much the loss depends on each weight: empirical Fisher, streamed in fp32; simpler sources."""
 
 import contextlib
-import inspect
 import json
 import warnings
 import zlib
@@ -11,7 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from sfmp.checks import SfmpError, is_skipped, token_ids, write_atomically
+from sfmp.checks import SfmpError, is_skipped, write_atomically
+from sfmp.readers import InputRecord, Salience
+from sfmp.windows import one_window
 
 LossFn = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
@@ -34,7 +35,7 @@ def causal_lm_loss(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
 
     `window` is integers [seqlen] or [1, seqlen], a tensor, an array or a list; anything else is an SfmpError.
     """
-    window = _one_window(model, window, "loss_fn(model, window)")
+    window = one_window(model, window, "loss_fn(model, window)")
     loss = getattr(model(input_ids=window, labels=window), "loss", None)
     if loss is None:
         raise SfmpError(f"model: expected {type(model).__name__} to return .loss for labels, found none; "
@@ -61,8 +62,9 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
 
     Returns
     -------
-    dict name -> float32 CPU tensor [N, K]
-        sum_n (dL_n/dW)^2. A weight shared by several modules gets the gradient of all its uses.
+    Salience, a dict name -> float32 CPU tensor [N, K]
+        sum_n (dL_n/dW)^2. A weight shared by several modules gets the gradient of all its uses. Its `readers` say
+        which matrices read the same activations.
 
     Raises
     ------
@@ -76,7 +78,8 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
     squares and frees each gradient as soon as it is made. Squares and sums are fp32 whatever the dtype.
     Source: METHOD.md 1.2; avoids 1.12 #1.
     """
-    weights = {name: layer.weight for name, layer in linear_modules(model, skip).items()}
+    layers = linear_modules(model, skip)
+    weights = {name: layer.weight for name, layer in layers.items()}
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise SfmpError(f"{name}.weight: expected floating point, found {weight.dtype}; is it quantized?")
@@ -94,13 +97,14 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
         reached.add(weight)
 
     with gradients_only_for(model, sums), contextlib.ExitStack() as hooks:
+        record = hooks.enter_context(InputRecord(layers))
         for weight in sums:
             hooks.callback(weight.register_post_accumulate_grad_hook(consume).remove)
         backward_passes(model, windows, loss_fn, "salience", progress)
     unused = [name for name, weight in weights.items() if weight not in reached]
     if unused:
         warnings.warn(f"no gradient reached {', '.join(unused)}: their salience is zero", stacklevel=2)
-    return finished({name: sums[weight] for name, weight in weights.items()})
+    return finished({name: sums[weight] for name, weight in weights.items()}, record.groups())
 
 
 def backward_passes(model: nn.Module, windows, loss_fn: LossFn | None, title: str, progress: bool) -> None:
@@ -146,6 +150,7 @@ def activation_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm
         tokens[layer] += len(rows)
 
     with gradients_only_for(model, ()), contextlib.ExitStack() as hooks, torch.no_grad():
+        record = hooks.enter_context(InputRecord(layers))
         for layer in squares:
             hooks.callback(layer.register_forward_pre_hook(observe).remove)
         for window in _progress(windows, "activations", progress):
@@ -154,7 +159,8 @@ def activation_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm
     if unseen:
         raise SfmpError(f"{unseen[0]}: expected inputs, found none in these windows; use more or skip it")
     return finished({name: layer.weight.detach().float().abs().cpu()
-                      * (squares[layer] / tokens[layer]).sqrt().float() for name, layer in layers.items()})
+                      * (squares[layer] / tokens[layer]).sqrt().float() for name, layer in layers.items()},
+                    record.groups())
 
 
 def random_salience(model: nn.Module, seed: int = 0, *,
@@ -187,26 +193,32 @@ def _guided(model, windows, **options):
 
 
 def save_salience(salience: Mapping[str, torch.Tensor], path, meta: Mapping | None = None) -> None:
-    """Write name -> float32 [N, K] and JSON-able `meta` to one safetensors file, atomically, if valid."""
+    """Write name -> float32 [N, K], its `readers` if known and JSON-able `meta` to one safetensors file, atomically."""
     from safetensors.numpy import save_file
 
     tensors = {name: _checked(name, torch.as_tensor(value)).numpy() for name, value in salience.items()}
     # One metadata key only: safetensors writes several in an order that differs from run to run.
-    record = {"sfmp_salience": json.dumps({"format_version": 1, **(meta or {})}, sort_keys=True)}
+    readers = getattr(salience, "readers", None)
+    known = {} if readers is None else {"readers": readers}
+    record = {"sfmp_salience": json.dumps({"format_version": 1, **(meta or {}), **known}, sort_keys=True)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=record))
 
 
-def load_salience(path) -> dict[str, torch.Tensor]:
+def load_salience(path) -> Salience:
     """Read what `save_salience` wrote; raises SfmpError naming a matrix that is negative, NaN or infinite."""
     with _opened(path) as file:
-        salience_meta(path)
-        return {name: _checked(f"{path}: {name}", file.get_tensor(name)) for name in file.keys()}
+        readers = _record(path, file).get("readers")
+        return Salience({name: _checked(f"{path}: {name}", file.get_tensor(name)) for name in file.keys()}, readers)
 
 
 def salience_meta(path) -> dict:
     """Return the `meta` stored with a salience file."""
     with _opened(path) as file:
-        record = (file.metadata() or {}).get("sfmp_salience")
+        return {key: value for key, value in _record(path, file).items() if key != "readers"}
+
+
+def _record(path, file):
+    record = (file.metadata() or {}).get("sfmp_salience")
     if record is None:
         raise SfmpError(f"{path}: expected a file written by save_salience, found another safetensors file")
     meta = json.loads(record)
@@ -253,20 +265,7 @@ def gradients_only_for(model, wanted):
 
 
 def _forward_tokens(model, window):
-    model(input_ids=_one_window(model, window, "forward(model, window)"))
-
-
-def _one_window(model, window, alternative):
-    """Token ids of one sequence as int64 [1, seqlen] on the device of the model."""
-    arguments = inspect.signature(model.forward).parameters.values()
-    if not any(a.name == "input_ids" or a.kind is a.VAR_KEYWORD for a in arguments):
-        raise SfmpError(f"model: expected a language model that takes input_ids, found {type(model).__name__}; "
-                        f"pass {alternative}")
-    ids = token_ids("window", window, model)
-    if ids.ndim == 0 or ids.ndim > 2 or (ids.ndim == 2 and len(ids) != 1):
-        raise SfmpError(f"window: expected token ids [seqlen] of one sequence, found shape {tuple(ids.shape)}; "
-                        "pass windows as [n, seqlen], not in batches")
-    return ids.reshape(1, -1).to(next(model.parameters()).device)
+    model(input_ids=one_window(model, window, "forward(model, window)"))
 
 
 def _progress(items, title, show):
@@ -294,6 +293,6 @@ def _worst(value):
             return f"{int(mask.sum())} {title} of {value.numel()} values"
 
 
-def finished(salience: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def finished(salience: Mapping[str, torch.Tensor], readers=None) -> Salience:
     """Return every matrix as float32 on the CPU; raises SfmpError naming one that is negative or not finite."""
-    return {name: _checked(name, value) for name, value in salience.items()}
+    return Salience({name: _checked(name, value) for name, value in salience.items()}, readers)

@@ -22,6 +22,7 @@ CHOICES = {
     "method": ("awq", "gptq", "rtn"),
     "scope": ("global", "layer", "matrix"),
     "objective": ("paper", "measured"),
+    "shared_columns": (False, True),
 }
 MAX_BITS = 8
 _TOLERANCE = 1e-6  # bits; budgets such as 2 + 1/3 cannot be written exactly as a decimal
@@ -44,6 +45,8 @@ class QuantSpec:
         Eq. 7).
     reorder, method, scope, objective : str
         See `CHOICES`; DESIGN.md section 3.
+    shared_columns : bool
+        Matrices that read the same activations (q, k, v; gate, up) get one column order, so kernels prepare them once.
     skip : tuple of str
         Matrices left alone: full dotted names, or last components.
     seed : int
@@ -73,6 +76,7 @@ class QuantSpec:
     objective: str = "paper"
     skip: tuple[str, ...] = ("lm_head",)
     seed: int = 0
+    shared_columns: bool = False
 
     def __post_init__(self):
         def put(name, value):
@@ -89,8 +93,8 @@ class QuantSpec:
         put("seed", integer("seed", self.seed, 0))
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            if not isinstance(value, str) or value not in allowed:
-                raise SfmpError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
+            if not isinstance(value, type(allowed[0])) or value not in allowed:
+                raise SfmpError(f"{name}: expected one of {', '.join(map(str, allowed))}, found {value!r}")
         if (isinstance(self.skip, str) or not isinstance(self.skip, Iterable)
                 or not all(isinstance(s, str) for s in self.skip)):
             raise SfmpError(f"skip: expected a tuple of module names, found {self.skip!r}; "
@@ -145,9 +149,9 @@ class QuantSpec:
         return min(max(bits, levels[0] * weights), levels[-1] * weights)
 
     def to_dict(self) -> dict:
-        """Return plain JSON types; `from_dict` inverts it exactly."""
-        return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
-                for f in dataclasses.fields(self)}
+        """Return plain JSON types; `from_dict` inverts it exactly. A switch that is off is left out."""
+        return {f.name: list(v) if isinstance(v, tuple) else v
+                for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not False}
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "QuantSpec":

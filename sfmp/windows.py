@@ -5,6 +5,8 @@ Source: METHOD.md sections 1.6, 2.1 (a fixed number of windows of one length); D
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 
 from sfmp.checks import SfmpError, numbers_of, token_ids
@@ -69,3 +71,16 @@ def probe_of(windows):
     if windows.is_floating_point():
         return windows[:PROBE_TOKENS] if windows.ndim == 2 else windows[:1, :PROBE_TOKENS]
     return windows[:1, :PROBE_TOKENS]
+
+
+def one_window(model, window, alternative):
+    """Token ids of one sequence as int64 [1, seqlen] on the device of the model."""
+    arguments = inspect.signature(model.forward).parameters.values()
+    if not any(a.name == "input_ids" or a.kind is a.VAR_KEYWORD for a in arguments):
+        raise SfmpError(f"model: expected a language model that takes input_ids, found {type(model).__name__}; "
+                        f"pass {alternative}")
+    ids = token_ids("window", window, model)
+    if ids.ndim == 0 or ids.ndim > 2 or (ids.ndim == 2 and len(ids) != 1):
+        raise SfmpError(f"window: expected token ids [seqlen] of one sequence, found shape {tuple(ids.shape)}; "
+                        "pass windows as [n, seqlen], not in batches")
+    return ids.reshape(1, -1).to(next(model.parameters()).device)

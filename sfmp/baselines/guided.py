@@ -21,6 +21,7 @@ from torch import nn
 from sfmp.checks import SfmpError, check_permutation, integer
 from sfmp.grid import BlockGrid
 from sfmp.quantize import dequantize, quantize
+from sfmp.readers import InputRecord
 from sfmp.reorder import as_numpy
 from sfmp.salience import backward_passes, finished, gradients_only_for, linear_modules
 
@@ -48,7 +49,7 @@ def guided_salience(model: nn.Module, windows, *, groups: int = 4, skip: Iterabl
 
     Returns
     -------
-    dict name -> float32 CPU tensor [N, K]
+    Salience, a dict name -> float32 CPU tensor [N, K]
         ``salience[i, j] = sum_t s_g(i)[t] x[t, j]^2 = diag(H_g(i))[j]``: equal for all rows of a group.
 
     Raises
@@ -69,9 +70,11 @@ def guided_salience(model: nn.Module, windows, *, groups: int = 4, skip: Iterabl
     def add(name, tokens, weights):
         sums[name].addmm_(weights.T, tokens.square())
 
-    _pass_over(model, layers, windows, groups, add, loss_fn, progress, "guided salience")
+    record = InputRecord(layers)
+    with record:
+        _pass_over(model, layers, windows, groups, add, loss_fn, progress, "guided salience")
     return finished({name: sums[name].cpu()[_group_of_row(layer.out_features, groups)]
-                     for name, layer in layers.items()})
+                     for name, layer in layers.items()}, record.groups())
 
 
 def guided_hessians(model: nn.Module, windows, *, groups: int = 4, skip: Iterable[str] = ("lm_head",),
