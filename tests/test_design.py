@@ -68,7 +68,7 @@ def test_embedded_design_has_every_comparison():
     assert values("granularity", "block_rows") >= {"32", "64", "128", "256", "768"}
     assert values("guided", "salience") == {"fisher", "guided"}
     assert values("main", "bpw") >= {"2.25", "2.5", "3", "3.25", "3.5"}
-    assert values("reorder", "reorder") == {"none", "rows", "cols", "both"}
+    assert values("reorder", "reorder") == {"none", "rows", "cols", "both", "shared"}
     assert values("block", "block_rows") >= {"32", "64", "128", "256"}
     assert values("group", "group_size") >= {"32", "64", "128", "256"} and values("group", "bpw") == {"3"}
     assert values("levels", "levels") >= {"auto", "2,3,4", "2,3,4,5,6,7,8"}
