@@ -122,15 +122,11 @@ use rule reordering as allocation with:
 
 rule quantization:
     input:
-        unpack(shared.salience),
-        notebook=shared.notebook("quantization"),
-        windows=shared.windows("calibration"),
-        weights=shared.weights,
+        unpack(shared.salience), notebook=shared.notebook("quantization"),
+        windows=shared.windows("calibration"), weights=shared.weights,
     output:
-        plan=f"{R}/plan/{{run}}.safetensors",
-        checkpoint=directory(f"{R}/models/{{run}}"),
-        quantized=f"{R}/quantized/{{run}}.json",
-        timing=f"{R}/timing/quantization/{{run}}.json",
+        plan=f"{R}/plan/{{run}}.safetensors", checkpoint=directory(f"{R}/models/{{run}}"),
+        quantized=f"{R}/quantized/{{run}}.json", timing=f"{R}/timing/quantization/{{run}}.json",
     log: **shared.logs("quantization/{run}")
     params: **shared.params("quantization")
     wildcard_constraints: run=shared.one_of(design.planned)
@@ -151,11 +147,8 @@ rule search:
 
 rule rival:
     input:
-        unpack(shared.salience),
-        unpack(shared.search),
-        notebook=shared.notebook("rival"),
-        windows=shared.windows("calibration"),
-        weights=shared.weights,
+        unpack(shared.salience), unpack(shared.search), notebook=shared.notebook("rival"),
+        windows=shared.windows("calibration"), weights=shared.weights,
     output:
         checkpoint=directory(f"{R}/models/{{run}}"),
         quantized=f"{R}/quantized/{{run}}.json",
@@ -168,14 +161,11 @@ rule rival:
     resources: mem_mb=HEAVY, gpu=GPU
     shell: RUN_NOTEBOOK
 
-rule packing:
+use rule reordering as packing with:
     input: notebook=shared.notebook("packing"), checkpoint=f"{R}/models/{SHOWCASE}"
     output: packing=table("packing")
     log: **shared.logs("packing")
     params: **shared.params("packing")
-    threads: HEAVY_THREADS
-    resources: mem_mb=HEAVY, gpu=GPU
-    shell: RUN_NOTEBOOK
 
 use rule packing as lut_gemm with:
     input: notebook=shared.notebook("lut_gemm"), checkpoint=f"{R}/models/{SHOWCASE}"
@@ -191,10 +181,8 @@ use rule packing as model_integration with:
 
 rule evaluation:
     input:
-        unpack(shared.checkpoint),
-        notebook=shared.notebook("evaluation"),
-        windows=shared.windows("evaluation"),
-        weights=shared.weights,
+        unpack(shared.checkpoint), notebook=shared.notebook("evaluation"),
+        windows=shared.windows("evaluation"), weights=shared.weights,
     output: eval=f"{R}/eval/{{run}}.json"
     log: **shared.logs("evaluation/{run}")
     params: **shared.params("evaluation")
@@ -202,7 +190,7 @@ rule evaluation:
     resources: mem_mb=HEAVY, gpu=GPU
     shell: RUN_NOTEBOOK
 
-rule e1:
+use rule overview as e1 with:
     input:
         notebook=shared.notebook("e1"), evals=EVALUATIONS, quantized=QUANTIZED,
         runs="config/runs.tsv", paper="config/paper_values.tsv",
@@ -212,9 +200,6 @@ rule e1:
         retention_vs_bpw=figure("retention_vs_bpw"),
     log: **shared.logs("e1")
     params: **shared.params("e1")
-    threads: LIGHT_THREADS
-    resources: mem_mb=LIGHT
-    shell: RUN_NOTEBOOK
 
 use rule e1 as e3 with:
     input: notebook=shared.notebook("e3"), evals=EVALUATIONS, quantized=QUANTIZED, runs="config/runs.tsv"
@@ -229,6 +214,21 @@ use rule e1 as e3 with:
         quantizer=figure("quantizer"),
     log: **shared.logs("e3")
     params: **shared.params("e3")
+
+# Shows the timings of one quiet run: two jobs that run beside each other would measure each other.
+use rule e1 as e4_cpu with:
+    input: notebook=shared.notebook("e4_cpu"), cpu_bench=design.config["cpu_bench"]
+    output:
+        e4_cpu_products=table("e4_cpu_products"), e4_cpu_fits=table("e4_cpu_fits"),
+        e4_cpu_reordering=table("e4_cpu_reordering"), e4_cpu_batches=table("e4_cpu_batches"),
+        e4_cpu_crossovers=table("e4_cpu_crossovers"), e4_cpu_accuracy=table("e4_cpu_accuracy"),
+        e4_cpu_widths=table("e4_cpu_widths"), e4_cpu_decoding=table("e4_cpu_decoding"),
+        e4_cpu_targets=table("e4_cpu_targets"), kernel_peers=figure("kernel_peers"),
+        kernel_bits=figure("kernel_bits"), kernel_batch=figure("kernel_batch"),
+        kernel_accuracy=figure("kernel_accuracy"), table_width=figure("table_width"),
+        decode_speed=figure("decode_speed"),
+    log: **shared.logs("e4_cpu")
+    params: **shared.params("e4_cpu")
 
 # What reads clocks stays out of tables/ and figures/, which are the same to the byte in every run.
 rule e5:

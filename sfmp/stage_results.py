@@ -15,6 +15,7 @@ EMBEDDED = {
     "evals": "results/embedded/eval",
     "quantized": "results/embedded/quantized",
     "tables": ["results/embedded/tables", "results/embedded/timing"],
+    "cpu_bench": "results/reference/cpu/bench.json",
     "timing": [f"results/embedded/timing/{part}" for part in ("quantization", "rival", "salience")],
 }
 

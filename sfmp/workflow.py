@@ -18,24 +18,9 @@ from sfmp.environment import available_cores, available_memory_mb
 from sfmp.locks import leave_lock, own_mark, release_stale_lock, take_lock
 
 __all__ = [
-    "FIGURES",
-    "NOTEBOOKS",
-    "RUN_NOTEBOOK",
-    "Rules",
-    "SOURCES",
-    "TABLES",
-    "available_cores",
-    "closing_words",
-    "code_hash",
-    "job_threads",
-    "leave_lock",
-    "load_design",
-    "notebook_params",
-    "own_mark",
-    "release_stale_lock",
-    "shell_prefix",
-    "stage_code",
-    "take_lock",
+    "FIGURES", "NOTEBOOKS", "RUN_NOTEBOOK", "Rules", "SOURCES", "TABLES", "available_cores", "closing_words",
+    "code_hash", "job_threads", "leave_lock", "load_design", "notebook_params", "own_mark", "release_stale_lock",
+    "shell_prefix", "stage_code", "take_lock",
 ]
 
 TIERS = ("embedded", "small", "paper")
@@ -46,11 +31,14 @@ TABLES = (
     "e1_main", "e1_bytes", "e3_reorder", "e3_block", "e3_group", "e3_levels", "e3_salience", "e3_objective", "e3_scope",
     "e3_granularity", "e3_guided", "e3_quantizer", "packing", "lut_gemm", "integration", "concentration", "allocation",
     "allocation_oracle", "mlp_experiment", "guided_agreement",
+    *(f"e4_cpu_{part}" for part in ("products", "fits", "reordering", "batches", "crossovers", "accuracy", "widths",
+                                    "decoding", "targets")),
 )
 FIGURES = (
     "overview", "salience_before_after", "bit_map", "bits_by_layer", "accuracy_vs_bpw", "perplexity_vs_bpw",
     "retention_vs_bpw", "reorder", "block_shape", "group_size", "levels", "salience_source", "objective", "scope",
-    "granularity", "guided", "quantizer", "mlp_curves",
+    "granularity", "guided", "quantizer", "mlp_curves", "kernel_peers", "kernel_bits", "kernel_batch",
+    "kernel_accuracy", "table_width", "decode_speed",
 )
 
 # rule → (notebook, parameters beyond out, inputs, seed and tier); a test compares it with the notebooks.
@@ -69,6 +57,7 @@ NOTEBOOKS = {
     "evaluation": ("09_evaluation", ("run", "model", "tasks", "seqlen")),
     "e1": ("e1_accuracy", ()),
     "e3": ("e3_ablations", ()),
+    "e4_cpu": ("e4_cpu", ()),
     "e5": ("e5_cost", ()),
     "e9": ("e9_claims", ()),
 }

@@ -27,12 +27,11 @@ def main(arguments=None) -> int:
     chosen = [part for part in cpu.parts(options.shapes, options.batches, options.models)
               if part["part"] in options.parts]
     try:
-        result = cpu.measure(chosen, options.quick, options.threads)
+        result = cpu.measure(chosen, options.quick, options.threads, options.out)
     except SfmpError as error:
         print(error, file=sys.stderr)
         return 2
     failed = [cpu.describe(part) for part in result["parts"] if "failed" in part]
-    cpu.write(result, options.out)
     print(f"written: {options.out}")
     if failed:
         print(f"failed: {', '.join(failed)}; the file says why", file=sys.stderr)

@@ -32,22 +32,37 @@ def parts(shapes=SHAPES, batches=BATCHES, models=("embedded", "1.1B")) -> list[d
     return found + [{"part": "decode", "model": model} for model in models]
 
 
-def measure(parts: list[dict], quick: bool, threads: int, log=print) -> dict:
-    """Run the parts; return {"kind", "date", "machine", …, "parts": [{**part, "rows"} or {**part, "failed"}]}."""
+def measure(parts: list[dict], quick: bool, threads: int, path: Path, log=print) -> dict:
+    """Run the parts; write and return {"kind", "date", "machine", …, "parts": [{**part, "rows"} or with "failed"]}.
+
+    The file is written after each part, so an interrupted run keeps what it measured.
+
+    Raises
+    ------
+    SfmpError
+        More threads than processors, or a file that cannot be written: said before anything is measured.
+    """
     from sfmp import environment
 
     cpus = sorted(os.sched_getaffinity(0))[:threads] if hasattr(os, "sched_getaffinity") else list(range(threads))
     if len(cpus) < threads:
         raise SfmpError(f"--threads: expected at most {len(cpus)} processors, found {threads}; ask for fewer")
-    done = []
+    found = {"kind": "cpu", "date": time.strftime("%Y-%m-%d"), "threads": threads,
+             "rounds": QUICK if quick else ROUNDS, "machine": environment.hardware(),
+             "versions": {**environment.versions(), **_peer_versions()}, **environment.git_state(), **_kernels(),
+             "parts": []}
+    try:
+        write(found, path)
+    except OSError as error:
+        raise SfmpError(f"--out: expected a file that can be written, found {path} ({error}); choose another"
+                        ) from error
     for part in parts:
         start = time.perf_counter()
         rows = _in_a_process(part, quick, cpus)
         log(f"{describe(part)}: {time.perf_counter() - start:.0f} s{'' if 'rows' in rows else ', FAILED'}", flush=True)
-        done.append({**part, **rows})
-    return {"kind": "cpu", "date": time.strftime("%Y-%m-%d"), "threads": threads, "rounds": QUICK if quick else ROUNDS,
-            "machine": environment.hardware(), "versions": {**environment.versions(), **_peer_versions()},
-            **environment.git_state(), **_kernels(), "parts": done}
+        found["parts"].append({**part, **rows})
+        write(found, path)
+    return found
 
 
 def describe(part: dict) -> str:
@@ -82,7 +97,8 @@ def _in_a_process(part, quick, cpus):
                    "OMP_NUM_THREADS": str(len(cpus))}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rows.json"
-        command = [sys.executable, "-X", "faulthandler", "-m", "sfmp.bench.cpu", json.dumps(part), str(int(quick)), str(output)]
+        command = [sys.executable, "-X", "faulthandler", "-m", "sfmp.bench.cpu", json.dumps(part), str(int(quick)),
+                   str(output)]
         done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if output.exists():
             return json.loads(output.read_text())
@@ -199,15 +215,13 @@ def _decode(part, rounds, cpus, absent):
 
 def write(result: dict, path: Path) -> None:
     """Write the result, one row a line."""
-    parts = result.pop("parts")
-    lines = []
-    for part in parts:
-        rows = part.pop("rows", [])
-        inside = ",\n".join("   " + json.dumps(row, allow_nan=False) for row in rows)
-        head = json.dumps(part)[:-1]
-        lines.append(f'  {head}, "rows": [\n{inside}\n  ]}}')
-    head = json.dumps(result, indent=1)[:-2]
-    text = head + ',\n "parts": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+    parts = []
+    for part in result["parts"]:
+        rows = ",\n".join("   " + json.dumps(row, allow_nan=False) for row in part.get("rows", []))
+        facts = json.dumps({key: value for key, value in part.items() if key != "rows"})[:-1]
+        parts.append(f'  {facts}, "rows": [\n{rows}\n  ]}}' if rows else f"  {facts}}}")
+    head = json.dumps({key: value for key, value in result.items() if key != "parts"}, indent=1)[:-2]
+    text = head + ',\n "parts": [\n' + ",\n".join(parts) + "\n ]\n}\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 

@@ -1,0 +1,117 @@
+"""The CPU bench end to end on small matrices: parts, peers that are absent or fail, the file, the command."""
+
+import json
+
+import pytest
+import torch
+
+from kernels_numba.cpu import targets
+from sfmp.bench import __main__ as command
+from sfmp.bench import cpu, cpu_peers, roof, table_width, timing
+from sfmp.tables_kernels import read_bench
+
+pytestmark = [pytest.mark.cpu,
+              pytest.mark.skipif(not targets.detect()[0].startswith("avx512"), reason="compiles for AVX-512 only")]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(timing, "COPIES_BYTES", 1 << 15)
+    monkeypatch.setattr(timing, "SWEEP_BYTES", 1 << 16)
+    monkeypatch.setattr(cpu, "BITS", (2, 3))
+    monkeypatch.setattr(cpu_peers, "importable", lambda name: False)
+
+
+CPUS = [0]
+
+
+def test_one_token(small):
+    result = cpu.run_part({"part": "product", "shape": [256, 256]}, True, CPUS)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert {"lut8 2", "lut16 3", "exact 3 mixed", "lut16 3 natural", "torch bfloat16", "torch int4pack"} <= set(rows)
+    assert rows["lut8 2"]["error"] < 2e-2 and rows["lut16 3"]["error"] < 1e-4 and rows["exact 3 mixed"]["error"] < 1e-6
+    assert all(len(row["cold"]) == cpu.QUICK["product"] for row in rows.values())
+    assert rows["lut8 2"]["bits"] == 2 and rows["lut8 2"]["weight_bytes"] < rows["lut8 3"]["weight_bytes"]
+    assert set(result["absent"]) >= {"onnxruntime acc4 2", "openvino u4"}
+    assert "onnx and onnxruntime not installed" in result["absent"]["onnxruntime acc4 2"]
+
+
+def test_several_tokens_both_ways(small):
+    rows = cpu.run_part({"part": "batch", "shape": [256, 256], "batch": 3}, True, CPUS)["rows"]
+    ways = {(row["mode"], row["way"], row["bits"]) for row in rows if row["family"] == "sfmp"}
+    assert ways == {(mode, way, bits) for mode in cpu.MODES for way in ("tables", "panels") for bits in (2, 3, 4)}
+    assert all(row["error"] < 2e-2 for row in rows if row["family"] == "sfmp")
+
+
+def test_accuracy_by_kind_of_activations(small):
+    rows = cpu.run_part({"part": "accuracy", "shape": [256, 256]}, True, CPUS)["rows"]
+    worst = {mode: max(row["error"] for row in rows if row["mode"] == mode and row["dtype"] == "float32")
+             for mode in (*cpu.MODES, "torch")}
+    assert worst["exact"] < worst["lut16"] < worst["lut8"] < 2e-2
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_tables_of_any_width_give_the_same_product(small, bits):
+    x = torch.randn(256, generator=torch.Generator().manual_seed(0)).numpy()
+    found = table_width.candidates(48, 256, x, bits)
+    assert [candidate.facts["table_bytes"] for candidate in found] == [128 * 4 * 4, 64 * 16 * 4, 32 * 256 * 4]
+    assert all(candidate.error < 1e-6 for candidate in found)
+
+
+def test_the_roof_reads_what_the_kernels_read(small):
+    from sfmp.bench.cpu_kernels import Matrices
+
+    matrices = Matrices(256, 256, 2)
+    for candidate in roof.candidates(matrices.images, "2"):
+        assert len(matrices.images[0]) - roof.PIECE < candidate.weight_bytes <= len(matrices.images[0])
+        assert candidate.run() is None
+
+
+def test_peers_compute_what_their_weights_say(small):
+    x = torch.randn(3, 256)
+    for make in (cpu_peers.torch_int4, cpu_peers.torch_int8):
+        assert make(64, 256, x).error < 1e-2
+    assert cpu_peers.torch_dense(64, 256, x, torch.float32).error < 1e-6
+
+
+@pytest.mark.parametrize(("package", "make"), [
+    ("onnxruntime", lambda x: cpu_peers.onnxruntime(64, 256, x, 4, "acc4", 1, [0])),
+    ("openvino", lambda x: cpu_peers.openvino(64, 256, x, 4, 1)),
+])
+def test_optional_peers_compute_what_their_weights_say(small, package, make):
+    pytest.importorskip(package)
+    assert make(torch.randn(3, 256)).error < 2e-2
+
+
+def test_the_command_writes_a_file_that_says_what_failed(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    status = command.main(["cpu", "--out", str(out), "--parts", "accuracy", "decode", "--models", "none", "--quick",
+                           "--shapes", "128x256", "--threads", "1"])
+    assert status == 1 and "failed: decode none" in capsys.readouterr().err
+    result = json.loads(out.read_text())
+    accuracy, decode = result["parts"]
+    assert accuracy["rows"] and "expected embedded" in " ".join(decode["failed"])
+    assert result["kind"] == "cpu" and result["versions"]["torch"] and result["threads"] == 1
+    with pytest.raises(ValueError, match="decode failed"):
+        read_bench(out)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--shapes", "4096"], "expected out×in"), (["--shapes", "64x100"], "a multiple of 128"),
+    (["--parts", "nothing"], "invalid choice: 'nothing'"),
+])
+def test_bad_arguments_are_refused(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["cpu", "--out", str(tmp_path / "b.json"), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_too_many_threads_are_refused(tmp_path, capsys):
+    assert command.main(["cpu", "--out", str(tmp_path / "b.json"), "--threads", "100000"]) == 2
+    assert "--threads: expected at most" in capsys.readouterr().err and not (tmp_path / "b.json").exists()
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert command.main(["cpu", "--out", str(tmp_path / "file" / "b.json"), "--threads", "1"]) == 2
+    assert "--out: expected a file that can be written" in capsys.readouterr().err
