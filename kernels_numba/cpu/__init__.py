@@ -1,8 +1,10 @@
 """LUT-GEMM on the CPU, in Numba: bit-plane tiles, tables of activations in vector registers.
 
-Files, from the bottom: `simd` and `native` (instructions by name), `records` (sizes), `tables` (activations → tables),
-`lut` (tiles × tables), `arena` and `layout` (PackedMatrix → tiles), `drive` (threads), `product` (torch operator),
-`targets` and `threads` (what this machine can do). Importing this package loads neither torch nor numba.
+Files, from the bottom: `records` (sizes), `targets` (what this machine can do), `simd`, `halves`, `x86`, `neon` and
+`native` (instructions by name), `tables` (activations → tables), `lut`, `lut_lanes` and `signs` (tiles × tables, by
+what look-ups there are), `block` (one of them for Numba), `arena` and `layout` (PackedMatrix → tiles), `drive` and
+`threads` (threads), `panel` (many tokens), `launch` and `tune` (what was measured), `product` (torch operator).
+Importing this package loads neither torch nor numba.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from pathlib import Path
 from numba import cfunc, njit, prange, types
 
 from kernels_numba.cpu import launch
+from kernels_numba.cpu.block import multiply_block
 from kernels_numba.cpu.layout import (
     BITS,
     COLUMN_KEY,
@@ -37,7 +38,6 @@ from kernels_numba.cpu.layout import (
     STRIPS,
     TILE_ROWS,
 )
-from kernels_numba.cpu.lut import multiply_block
 from kernels_numba.cpu.native import (
     FLOAT32,
     add_number,
@@ -74,13 +74,14 @@ def _row_bytes(columns):
 def source_hash() -> str:
     """Hash of what machine code is written from: Numba's cache knows only the file of the cached function itself."""
     folder = Path(__file__).parent
-    names = ("simd", "native", "records", "tables", "lut", "panel", "layout")
+    names = ("simd", "halves", "x86", "neon", "native", "records", "tables", "lut", "lut_lanes", "signs",
+             "block", "panel", "layout")
     sources = [(folder / f"{name}.py").read_bytes() for name in names]
     return hashlib.sha256(b"".join([*sources, repr(launch.prefetch()).encode()])).hexdigest()
 
 
 @functools.cache
-def worker(mode: str, tile_columns: int, together: int) -> int:
+def worker(target: str, mode: str, tile_columns: int, together: int) -> int:
     """Address of the C function that each thread of a product runs.
 
     `together` tokens share one pass over a block, while it is in L1.
@@ -108,7 +109,7 @@ def worker(mode: str, tile_columns: int, together: int) -> int:
                     break
                 token, first = unit // pieces, unit % pieces * BUILD_UNIT
                 for tile in range(first, min(first + BUILD_UNIT, column_tiles)):
-                    if build_tables(mode, tile_columns, rows + token * row_step,
+                    if build_tables(target, mode, tile_columns, rows + token * row_step,
                                     column_map + tile * tile_columns * 4, tables + token * table_step + tile * record):
                         job[REFUSED] = 1
                 add_number(address + 8 * BUILT)
@@ -135,7 +136,7 @@ def worker(mode: str, tile_columns: int, together: int) -> int:
                 for column in range(column_tiles):
                     width = bits[strip * column_tiles + column]
                     for token in range(0, tokens, together):
-                        multiply_block(mode, tile_columns, together, width, tiles, count,
+                        multiply_block(target, mode, tile_columns, together, width, tiles, count,
                                        tables + column * record + token * table_step, table_step,
                                        sums + token * sum_step, sum_step)
                     tiles += count * (tile_base + width * tile_plane)

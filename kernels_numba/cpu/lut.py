@@ -6,7 +6,8 @@ them, so with W = alpha·Σ_k 2^k(2·plane_k − 1) + beta the product with 16 r
     y += alpha · step · Σ_k 2^k Σ_tables entry[nibble of plane k]  +  beta · Σ x
 
 and the zero points need no code of their own, at any number of bits. Look-up, sum over tables, widening and the weight
-2^k are two instructions for 64 look-ups. Modes:
+2^k are two instructions for 64 look-ups where processors have them (`Simd.kernels` "dot"); `lut_lanes` has the integer
+modes for others. Modes:
 
 lut8   entries are int8: one vector holds 4 tables
 lut16  entries are int16, split into a signed high and an unsigned low byte; int32 sums are exact
@@ -20,60 +21,12 @@ from __future__ import annotations
 
 import functools
 
-from numba import types
-from numba.core.errors import RequireLiteralValue
-from numba.extending import intrinsic
-
 from kernels_numba.cpu import launch
 from kernels_numba.cpu.records import WORD_COLUMNS, table_bytes, tile_bytes
-from kernels_numba.cpu.simd import BYTES, FLOAT, FLOATS, INTS, LONG, VECTOR, Simd, outlined
-
-MAX_BITS = 8
+from kernels_numba.cpu.simd import BYTES, FLOAT, FLOATS, INTS, VECTOR, Simd
 
 
-@intrinsic
-def multiply_block(typing, mode, columns, tokens, bits, tiles, count, tables, table_step, sums, sum_step):
-    """Add the product of `count` tiles of `bits` bits to the sums of `tokens` tokens.
-
-    Parameters
-    ----------
-    mode, columns, tokens : literals
-        One of `records.MODES`, columns of a tile, tokens of this call.
-    bits : int64
-        1..8, the same for all tiles.
-    tiles, tables, sums : int64
-        Addresses: of the first tile; of the table record of these columns for the first token; of 16·count float32.
-    table_step, sum_step : int64
-        Bytes from one token to the next.
-    """
-    for literal in (mode, columns, tokens):
-        if not isinstance(literal, types.Literal):
-            raise RequireLiteralValue(literal)
-    fixed = mode.literal_value, columns.literal_value, tokens.literal_value
-    signature = types.void(mode, columns, tokens, *[types.int64] * 7)
-
-    def codegen(context, builder, signature, arguments):
-        bits, *rest = arguments[3:]
-        end = builder.append_basic_block("multiplied")
-        choice = builder.switch(bits, end)
-        for width in range(1, MAX_BITS + 1):
-            with builder.goto_block(builder.append_basic_block(f"bits{width}")):
-                choice.add_case(LONG(width), builder.block)
-                name = f"multiply_{fixed[0]}_{fixed[1]}x{fixed[2]}_{width}"
-                outlined(builder, name, rest, _body(*fixed, width))
-                builder.branch(end)
-        builder.position_at_end(end)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-def _body(mode, columns, tokens, bits):
-    kernel = {"lut8": _Bytes, "lut16": _Shorts, "exact": _Floats}[mode](columns, tokens, bits)
-    return kernel.write
-
-
-class _Kernel:
+class Kernel:
     """Loop over tiles, and in a tile over words, tables, planes and tokens, so that a table is loaded once a tile.
 
     A mode says how a word is cut into indices in `steps` steps, which tables a step reads, and how to add up.
@@ -81,6 +34,7 @@ class _Kernel:
 
     mode: str
     steps: int
+    kind = INTS  # of the sums
 
     def __init__(self, columns, tokens, bits):
         self.columns, self.tokens, self.bits = columns, tokens, bits
@@ -91,7 +45,7 @@ class _Kernel:
         self.tables = [v.at(tables, v.times(table_step, token)) for token in range(self.tokens)]
         self.kept = {}
         if self.tokens == 1:  # what a register holds for all tiles
-            self.kept = {("tail", 0): self.load_tail(0), **self.load_tables()}
+            self.kept = {("tail", 0): self.load_tail(0), **(self.load_tables() if v.keeps_tables else {})}
         size = tile_bytes(self.columns, self.bits)
         ahead, locality = launch.prefetch()
         with v.loop(count) as index:
@@ -107,18 +61,46 @@ class _Kernel:
                 v.store(row, v.fma(alpha, total, v.fma(beta, total_x, v.load(FLOATS, row))))
 
     def multiply(self, tile):
-        v = self.v
+        """Return the total of each token for a tile, as float32 for 16 rows.
+
+        Where a vector takes many registers, words are a loop: unrolled, the code would be long and store as much.
+        """
         totals = [self.start() for _ in range(self.tokens)]
-        for word in range(self.words):
-            places = [v.at(tile, (word * self.bits + plane) * VECTOR) for plane in range(self.bits)]
-            lines = [v.load(BYTES, place) for place in places]
-            for step in range(self.steps):
-                tables = [self.tables_of(token, word, step) for token in range(self.tokens)]
-                for plane, line in enumerate(lines):
-                    index = self.index(line, step)
-                    for token in range(self.tokens):
-                        self.take(totals[token], step, plane, tables[token], index)
+        if self.v.keeps_tables:
+            for word in range(self.words):
+                self.add_word(totals, tile, word)
+        else:
+            totals = self.looped(totals, tile)
         return [self.total(parts) for parts in totals]
+
+    def looped(self, totals, tile):
+        v, tables = self.v, self.tables
+        places = [[[v.stack(VECTOR) for _ in chains] for chains in parts] for parts in totals]
+
+        def pairs():
+            return zip(sum(sum(places, []), []), sum(sum(totals, []), []), strict=True)
+
+        for place, value in pairs():
+            v.store(place, value)
+        with v.loop(self.words) as word:
+            totals = [[[v.load(self.kind, place) for place in chains] for chains in parts] for parts in places]
+            self.tables = [v.at(table, v.times(word, self.steps * VECTOR)) for table in tables]
+            self.add_word(totals, v.at(tile, v.times(word, self.bits * VECTOR)), 0)
+            for place, value in pairs():
+                v.store(place, value)
+        self.tables = tables
+        return [[[v.load(self.kind, place) for place in chains] for chains in parts] for parts in places]
+
+    def add_word(self, totals, tile, word):
+        v = self.v
+        places = [v.at(tile, (word * self.bits + plane) * VECTOR) for plane in range(self.bits)]
+        lines = [v.load(BYTES, place) for place in places]
+        for step in range(self.steps):
+            tables = [self.tables_of(token, word, step) for token in range(self.tokens)]
+            for plane, line in enumerate(lines):
+                index = self.index(line, step)
+                for token in range(self.tokens):
+                    self.take(totals[token], step, plane, tables[token], index)
 
     def table(self, token, index):
         """Vector `index` of the tables of a token."""
@@ -135,10 +117,10 @@ class _Kernel:
         return [self.v.load_splat(FLOAT, self.v.at(tail, part)) for part in (0, 4)]
 
 
-class _Bytes(_Kernel):
-    """int8 entries: vpermb, then vpdpbusd with the constant 2^plane.
+class Bytes(Kernel):
+    """int8 entries: one instruction looks up, the next sums 4 tables and multiplies by 2^plane.
 
-    One token sums the two halves of a word in chains of their own, to hide the latency of vpdpbusd; more tokens are
+    One token sums the two halves of a word in chains of their own, to hide the latency of the sum; more tokens are
     chains enough.
     """
 
@@ -159,16 +141,15 @@ class _Bytes(_Kernel):
         return [self.table(token, 2 * self.words * part + 2 * word + step) for part in range(self.parts)]
 
     def take(self, parts, step, plane, tables, index):
-        weight = self.v.constant(BYTES, 1 << plane)  # 128 is an unsigned byte too
         chain = step % self.chains
-        parts[0][chain] = self.v.dot(parts[0][chain], weight, self.v.lookup_bytes(tables[0], index))
+        parts[0][chain] = self.v.add_signed(parts[0][chain], self.v.lookup_bytes(tables[0], index), plane)
 
     def total(self, parts):
         return self.v.to_floats(functools.reduce(self.v.add, parts[0]))
 
 
-class _Shorts(_Bytes):
-    """int16 entries as a high and a low byte; the low bytes are the unsigned operand of vpdpbusd."""
+class Shorts(Bytes):
+    """int16 entries as a high and a low byte, which has no sign."""
 
     mode = "lut16"
     parts = 2
@@ -176,27 +157,26 @@ class _Shorts(_Bytes):
     def take(self, parts, step, plane, tables, index):
         super().take(parts, step, plane, tables, index)
         chain, low = step % self.chains, self.v.lookup_bytes(tables[1], index)
-        # 2^7 is no signed byte: the low bytes of the top plane of 8 bits are taken twice with 2^6
-        for _ in range(2 if plane == 7 else 1):
-            parts[1][chain] = self.v.dot(parts[1][chain], low, self.v.constant(BYTES, 1 << min(plane, 6)))
+        parts[1][chain] = self.v.add_unsigned(parts[1][chain], low, plane)
 
     def total(self, parts):
         high, low = (functools.reduce(self.v.add, chains) for chains in parts)
         return self.v.to_floats(self.v.add(self.v.left(high, 8), low))
 
 
-class _Floats(_Kernel):
-    """float32 entries of step 1: vpermps reads the low 4 bits of each row's word, shifted by a nibble 8 times."""
+class Floats(Kernel):
+    """float32 entries of step 1: the low 4 bits of each row's word are the index, shifted by a nibble 8 times."""
 
     mode = "exact"
     steps = 8
+    kind = FLOATS
     chains = 2  # the same for any number of tokens: float sums depend on their order
 
     def load_tables(self):
         return {}  # 32 tables of 128 columns would take every register; they are read from L1
 
     def start(self):
-        return [self.v.constant(FLOATS, 0.0)] * self.chains
+        return [[self.v.constant(FLOATS, 0.0)] * self.chains]
 
     def index(self, line, step):
         return self.v.right(self.v.as_ints(line), 4 * step)
@@ -204,11 +184,14 @@ class _Floats(_Kernel):
     def tables_of(self, token, word, step):
         """Byte j of a word has table j in its low nibble, table 4 + j in its high one."""
         index = 8 * word + 4 * (step % 2) + step // 2
-        return self.v.load(FLOATS, self.v.at(self.tables[token], index * VECTOR))
+        return self.v.float_table(self.v.at(self.tables[token], index * VECTOR))
 
     def take(self, parts, step, plane, table, index):
         weight, chain = self.v.constant(FLOATS, float(1 << plane)), step % self.chains
-        parts[chain] = self.v.fma(weight, self.v.lookup_floats(table, index), parts[chain])
+        parts[0][chain] = self.v.fma(weight, self.v.lookup_floats(table, index), parts[0][chain])
 
     def total(self, parts):
-        return functools.reduce(self.v.fadd, parts)
+        return functools.reduce(self.v.fadd, parts[0])
+
+
+KERNELS = {"lut8": Bytes, "lut16": Shorts, "exact": Floats}

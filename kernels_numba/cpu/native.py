@@ -9,7 +9,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kernels_numba.cpu.simd import FLOAT, FLOATS, HALF, INT, INTS, LANES, LONG, SHORT, Simd
+from kernels_numba.cpu.simd import FLOAT, FLOATS, INT, INTS, LANES, LONG, SHORT, Simd
 
 FLOAT32, BFLOAT16, FLOAT16 = range(3)  # kinds of floats in memory
 KIND_BYTES = (4, 2, 2)
@@ -180,7 +180,7 @@ def _read(v, kind, address):
     if kind == FLOAT32:
         return v.load(FLOAT, address, 4)
     if kind == FLOAT16:
-        return b.fpext(v.load(HALF, address, 2), FLOAT)
+        return v.load_half(address)
     return b.bitcast(b.shl(b.zext(v.load(SHORT, address, 2), INT), INT(16)), FLOAT)
 
 
@@ -189,7 +189,7 @@ def _write(v, kind, address, value):
     if kind == FLOAT32:
         v.store(address, value, 4)
     elif kind == FLOAT16:
-        v.store(address, b.fptrunc(value, HALF), 2)
+        v.store_half(address, value)
     else:
         bits = b.bitcast(value, INT)
         odd = b.and_(b.lshr(bits, INT(16)), INT(1))

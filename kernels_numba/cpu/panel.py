@@ -18,6 +18,7 @@ from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
 from kernels_numba.cpu import targets
+from kernels_numba.cpu.block import MAX_BITS
 from kernels_numba.cpu.drive import source_hash
 from kernels_numba.cpu.layout import (
     BITS,
@@ -33,10 +34,9 @@ from kernels_numba.cpu.layout import (
     TILE_COLUMNS,
     TILE_ROWS,
 )
-from kernels_numba.cpu.lut import MAX_BITS
 from kernels_numba.cpu.native import bytes_at, call_stage, longs, take_number
 from kernels_numba.cpu.records import VECTOR, WORD_COLUMNS, tile_bytes
-from kernels_numba.cpu.simd import FLOAT, FLOATS, HALF, LONG, SHORT, Simd, outlined
+from kernels_numba.cpu.simd import FLOATS, LONG, SHORT, Simd, outlined
 
 LANES = 16
 PANEL_ROWS = 512
@@ -63,7 +63,7 @@ def dequantize_tile(typing, columns, element_bytes, bits, tile, target, row_step
             with builder.goto_block(builder.append_basic_block(f"bits{width}")):
                 choice.add_case(LONG(width), builder.block)
                 name = f"dequantize_{fixed[0]}_{fixed[1]}_{width}"
-                outlined(builder, name, arguments[3:], functools.partial(_write_tile, *fixed, width))
+                outlined(builder, Simd, name, arguments[3:], functools.partial(_write_tile, *fixed, width))
                 builder.branch(end)
         builder.position_at_end(end)
         return context.get_dummy_value()
@@ -77,7 +77,7 @@ def _write_tile(columns, element_bytes, bits, v: Simd, tile, target, row_step):
     scales = tile_bytes(columns, bits) - VECTOR
     with v.loop(TILE_ROWS) as row:
         scale = v.at(v.at(tile, scales), v.times(row, 2))
-        alpha, beta = (v.splat(b.fpext(v.load(HALF, v.at(scale, part), 2), FLOAT))
+        alpha, beta = (v.splat(v.load_half(v.at(scale, part)))
                        for part in (0, VECTOR // 2))
         steps = [v.fmul(alpha, v.constant(FLOATS, float(2 << plane))) for plane in range(bits)]
         lowest = v.fmul(alpha, v.constant(FLOATS, 1.0 - (1 << bits)))

@@ -69,11 +69,12 @@ class Weight:
     image : uint8 [bytes]
     rows, columns : N, K
     tile_columns : columns of a tile
+    target : whose kernels multiply
     """
 
-    def __init__(self, image: torch.Tensor, rows: int, columns: int, tile_columns: int):
+    def __init__(self, image: torch.Tensor, rows: int, columns: int, tile_columns: int, target: str):
         self.image, self.rows, self.columns, self.tile_columns = image, rows, columns, tile_columns
-        self._address = image.data_ptr()
+        self.target, self._address = target, image.data_ptr()
         self._shapes = {size: (1,) * (size - 1) + (rows,) for size in range(1, 5)}  # of y for one token
 
     def takes(self, x) -> bool:
@@ -90,7 +91,7 @@ class Weight:
         shape = self._shapes.get(x.dim())
         if (shape and x.numel() == self.columns and type(x) is torch.Tensor and x.is_contiguous()
                 and not torch.compiler.is_compiling()):
-            run, fixed = _kernels(mode, self.tile_columns, 1)
+            run, fixed = _kernels(self.target, mode, self.tile_columns, 1)
             kind, y = KINDS[x.dtype], x.new_empty(shape)
             bias_at, bias_kind = (0, 0) if bias is None else (bias.data_ptr(), KINDS.get(bias.dtype))
             job = getattr(_local, "address", None)
@@ -104,11 +105,14 @@ class Weight:
 
 def weight(packed) -> Weight:
     """The repacked weight, made at the first call and kept in ``packed.cache``."""
-    found = packed.cache.get("cpu")
-    if found is None:
-        with torch.inference_mode(False):
-            image = torch.from_numpy(layout.make_image(packed))
-        found = Weight(image, *packed.shape, int(np.gcd(packed.group_size, 128)))
+    found, target = packed.cache.get("cpu"), targets.detect()[0]
+    if found is None or found.target != target:
+        if found is None:
+            with torch.inference_mode(False):
+                image = torch.from_numpy(layout.make_image(packed))
+        else:
+            image = found.image  # the same for all targets
+        found = Weight(image, *packed.shape, int(np.gcd(packed.group_size, 128)), target)
         packed.cache["cpu"] = found
     return found
 
@@ -138,11 +142,12 @@ class _Product(torch.autograd.Function):
 
 
 @functools.cache
-def _kernels(mode: str, columns: int, together: int):
-    """`run` and its arguments that a mode fixes: compiled, or from Numba's cache."""
+def _kernels(target: str, mode: str, columns: int, together: int):
+    """`run` and its arguments that target and mode fix: compiled, or from Numba's cache."""
     threads.choose_layer()
-    worker = drive.worker(mode, columns, together)
-    return drive.runner(), (worker, MODES.index(mode), table_bytes(columns, mode), together)
+    worker = drive.worker(target, mode, columns, together)
+    kind = list(targets.MODES).index(target) * len(MODES) + MODES.index(mode)  # of the tables that are kept
+    return drive.runner(), (worker, kind, table_bytes(columns, mode), together)
 
 
 def _job(size: int) -> int:
@@ -172,10 +177,11 @@ def through_tables(x, image, bias, rows: int, tile_columns: int, mode: str, toge
         bias = (bias.float() if bias.dtype not in KINDS else bias).contiguous()
         bias_at, bias_kind = bias.data_ptr(), KINDS[bias.dtype]
     weight, x_at, y_at, count, job = image.data_ptr(), x.data_ptr(), y.data_ptr(), threads.count(), _job(0)
+    target = targets.detect()[0]
     left = x.numel() // shape[-1]
     while left:
         tokens, shared = _portion(left, mode) if together is None else (left, together)
-        run, fixed = _kernels(mode, tile_columns, shared)
+        run, fixed = _kernels(target, mode, tile_columns, shared)
         found = run(job, count, *fixed, weight, x_at, kind, y_at, kind, bias_at, bias_kind, tokens)
         if found > 0:
             job = _job(found)

@@ -1,8 +1,11 @@
-"""Vector operations by name, as LLVM IR: the one place of this package that knows instructions.
+"""Vector operations by name, as LLVM IR that every processor can run.
 
 `Simd` writes IR through the builder of a Numba intrinsic, so a kernel is an ordinary Python function that calls
 named operations and loops over bits and planes while it is being written; Numba never has to type the thousands of
 operations that come out. Addresses are int64 values, because Numba code passes them on as plain integers.
+
+LLVM cuts 64-byte vectors into whatever registers there are. `x86` and `neon` add the operations that need instructions
+of a target.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from contextlib import contextmanager
 
 from llvmlite import ir
 from numba.core import cgutils
+
+from kernels_numba.cpu import halves, targets
 
 BIT, BYTE, SHORT, INT, LONG = (ir.IntType(size) for size in (1, 8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
@@ -21,10 +26,35 @@ VECTOR = 64  # bytes
 
 
 class Simd:
-    """Named vector operations on 64-byte vectors, appended to one IR builder."""
+    """Named vector operations on 64-byte vectors, appended to one IR builder.
+
+    Results do not depend on the target: sums are trees of a fixed order, and where a processor lacks instructions for
+    float16, integers do the same. Only without fused multiply-add is `fma` rounded twice.
+
+    Attributes
+    ----------
+    kernels : which kernels the target has: "dot" (`lut`), "lanes" (`lut_lanes`) or "signs" (`signs`)
+    keeps_tables : whether the registers hold the integer tables of a tile
+    biased : whether signed table bytes are stored + 128
+    features : target features that a function needs beyond those of the compiler, in LLVM's notation, or None
+    """
+
+    kernels = "signs"
+    keeps_tables = biased = False
+    features: str | None = None
 
     def __init__(self, builder: ir.IRBuilder):
         self.builder = builder
+
+    # What the processor has, whatever the target
+
+    @property
+    def has_half(self) -> bool:
+        return "half" in targets.basics()
+
+    @property
+    def has_fma(self) -> bool:
+        return "fma" in targets.basics()
 
     # Addresses and memory
 
@@ -49,7 +79,21 @@ class Simd:
 
     def load_halves(self, address):
         """16 float16 in memory → 16 float32."""
-        return self.builder.fpext(self.load(HALVES, address, 2), FLOATS)
+        return self._widened(HALVES, INTS, FLOATS, address)
+
+    def load_half(self, address):
+        return self._widened(HALF, INT, FLOAT, address)
+
+    def store_half(self, address, value):
+        """float32 → float16 in memory, to nearest even."""
+        b = self.builder
+        self.store(address, b.fptrunc(value, HALF) if self.has_half else halves.narrow(b, value), 2)
+
+    def _widened(self, kind, ints, floats, address):
+        if self.has_half:
+            return self.builder.fpext(self.load(kind, address, 2), floats)
+        shorts = ir.VectorType(SHORT, LANES) if kind is HALVES else SHORT
+        return halves.widen(self.builder, self.builder.zext(self.load(shorts, address, 2), ints), floats)
 
     def load_bfloats(self, address):
         """16 bfloat16 in memory → 16 float32: a bfloat16 is the upper half of a float32."""
@@ -58,10 +102,12 @@ class Simd:
         return b.bitcast(b.shl(wide, self.constant(INTS, 16)), FLOATS)
 
     def gather(self, base, indices):
-        """16 float32 at base + 4·index (vgatherdps)."""
-        mask = ir.Constant(ir.VectorType(BIT, LANES), [1] * LANES)
-        return self._call("llvm.x86.avx512.mask.gather.dps.512", FLOATS,
-                          [self.constant(FLOATS, 0.0), self._pointer(base, BYTE), indices, mask, INT(4)])
+        """16 float32 at base + 4·index, one by one."""
+        b, found = self.builder, ir.Constant(FLOATS, ir.Undefined)
+        for lane in range(LANES):
+            place = self.at(base, self.times(b.sext(b.extract_element(indices, INT(lane)), LONG), 4))
+            found = b.insert_element(found, self.load(FLOAT, place, 4), INT(lane))
+        return found
 
     def prefetch(self, address, locality: int):
         """Fetch a line for reading, into the first-level cache (locality 3), the second (2) or the third (1)."""
@@ -76,7 +122,11 @@ class Simd:
 
     def pause(self):
         """Tell the processor that this is a loop that waits."""
-        self._call("llvm.x86.sse2.pause", ir.VoidType(), [])
+        architecture = targets.architecture()
+        if architecture == "x86":
+            self._call("llvm.x86.sse2.pause", ir.VoidType(), [])
+        elif architecture == "aarch64":
+            self._call("llvm.aarch64.hint", ir.VoidType(), [INT(1)])  # yield
 
     # Making vectors
 
@@ -95,25 +145,28 @@ class Simd:
     def load_splat(self, kind, address):
         return self.splat(self.load(kind, address, 4))
 
+    def load_repeated(self, address, copies: int):
+        """The first `copies` float32 at an address, again and again."""
+        few = self.load(ir.VectorType(FLOAT, copies), address, 4 * copies)
+        return self._shuffle(few, [lane % copies for lane in range(LANES)])
+
+    def load_each(self, address, copies: int):
+        """Copies of the first float32 at an address, then as many of the next, …"""
+        few = self.load(ir.VectorType(FLOAT, LANES // copies), address, 4)
+        return self._shuffle(few, [lane // copies for lane in range(LANES)])
+
     def as_ints(self, vector):
         return self.builder.bitcast(vector, INTS)
 
     # Integers
 
-    def nibbles(self, word, half: int, offsets):
+    def nibbles(self, word, half: int, offsets=None):
         """The low (half 0) or high nibbles of 64 bytes, OR-ed with `offsets`."""
         b = self.builder
         if half:
             word = b.bitcast(b.lshr(b.bitcast(word, SHORTS), self.constant(SHORTS, 4)), BYTES)
-        return b.or_(b.and_(word, self.constant(BYTES, 15)), offsets)
-
-    def lookup_bytes(self, table, index):
-        """64 look-ups in a table of 64 bytes; the low 6 bits of a byte count (vpermb, AVX512-VBMI)."""
-        return self._call("llvm.x86.avx512.permvar.qi.512", BYTES, [table, index])
-
-    def dot(self, total, unsigned, signed):
-        """int32 lanes: total + the sum of 4 products unsigned·signed bytes (vpdpbusd, AVX512-VNNI)."""
-        return self._call("llvm.x86.avx512.vpdpbusd.512", INTS, [total, unsigned, signed])
+        word = b.and_(word, self.constant(BYTES, 15))
+        return word if offsets is None else b.or_(word, offsets)
 
     def add(self, x, y):
         return self.builder.add(x, y)
@@ -134,12 +187,10 @@ class Simd:
 
     # Floats
 
-    def lookup_floats(self, table, index):
-        """16 look-ups in a table of 16 float32; the low 4 bits of an int32 count (vpermps, AVX512F)."""
-        return self._call("llvm.x86.avx512.permvar.sf.512", FLOATS, [table, index])
-
     def fma(self, x, y, z):
-        """x·y + z with one rounding."""
+        """x·y + z, with one rounding if the processor can."""
+        if not self.has_fma:
+            return self.fadd(self.fmul(x, y), z)
         return self._call("llvm.fma.v16f32", FLOATS, [x, y, z])
 
     def fadd(self, x, y):
@@ -173,9 +224,12 @@ class Simd:
         return x
 
     def reduce_sum(self, x):
-        """Sum of 16 lanes as a tree: the order is fixed when the code is compiled."""
-        function = self._declare("llvm.vector.reduce.fadd.v16f32", FLOAT, [FLOAT, FLOATS])
-        return self.builder.call(function, [FLOAT(-0.0), x], fastmath=("reassoc",))
+        """Sum of 16 lanes: halves are added to each other."""
+        half = LANES // 2
+        while half:
+            x = self.fadd(self._shuffle(x, range(half)), self._shuffle(x, range(half, 2 * half)))
+            half //= 2
+        return self.builder.extract_element(x, INT(0))
 
     def reduce_maximum(self, x):
         return self._call("llvm.vector.reduce.fmax.v16f32", FLOAT, [x])
@@ -201,8 +255,12 @@ class Simd:
         return self.builder.inttoptr(address, ir.PointerType(kind))
 
     def _shuffle(self, vector, lanes):
-        mask = ir.Constant(ir.VectorType(INT, len(lanes)), lanes)
-        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+        return self._shuffle_two(vector, ir.Constant(vector.type, ir.Undefined), lanes)
+
+    def _shuffle_two(self, x, y, lanes):
+        """Lanes of x and, counted on from those, of y."""
+        lanes = list(lanes)
+        return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(INT, len(lanes)), lanes))
 
     def _declare(self, name, result, kinds):
         return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, kinds), name)
@@ -212,10 +270,10 @@ class Simd:
         return self.builder.call(function, arguments)
 
 
-def outlined(builder: ir.IRBuilder, name: str, arguments, body):
-    """Call an internal, never inlined function of int64 arguments, whose code ``body(simd, *arguments)`` writes once.
+def outlined(builder: ir.IRBuilder, vectors: type[Simd], name: str, arguments, body):
+    """Call an internal, never inlined function of int64 arguments; ``body(simd, *arguments)`` writes its code once.
 
-    A kernel in a function of its own gets all 32 vector registers for itself.
+    A kernel in a function of its own gets all vector registers for itself.
     """
     module = builder.module
     function = module.globals.get(name)
@@ -224,7 +282,9 @@ def outlined(builder: ir.IRBuilder, name: str, arguments, body):
         function.linkage = "internal"
         function.attributes.add("noinline")
         function.attributes.add("nounwind")
+        if vectors.features:  # llvmlite has no name for this attribute
+            set.add(function.attributes, f'"target-features"="{vectors.features}"')
         inner = ir.IRBuilder(function.append_basic_block("entry"))
-        body(Simd(inner), *function.args)
+        body(vectors(inner), *function.args)
         inner.ret_void()
     builder.call(function, arguments)
