@@ -100,8 +100,8 @@ def shared_columns(salience: Mapping, names: Collection[str], column_sums: Calla
         raise SfmpError(
             f"salience: expected a record of which matrices read the same activations, as shared_columns=True needs; "
             f"found none of {unknown[0]}. Salience of data keeps one (fisher_salience, activation_salience, "
-            "guided_salience; files of before and plain dicts have none): compute it again, or pass Salience(salience, "
-            "activation_salience(model, windows[:1]).readers), or leave shared_columns off")
+            "guided_salience; older files and plain dicts have none): compute it again, or pass sfmp.readers.Salience("
+            "salience, activation_salience(model, windows[:1]).readers), or leave shared_columns off")
     found = {}
     for group in groups:
         members = sorted(set(group).intersection(names))
