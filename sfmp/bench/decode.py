@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from sfmp.bench.random_model import SHAPES, quantize_randomly, random_llama
-from sfmp.bench.timing import WAITED, median, waiting
+from sfmp.bench.timing import WAITED, first_served, median, waiting
 from sfmp.checks import SfmpError, integer
 from sfmp.linear import SFMPLinear
 
@@ -133,8 +133,9 @@ def _generate(decoder, prompt, new_tokens):
     clock = _Clock()
     start = time.perf_counter()
     # min_new_tokens: models that can end a text go on, too.
-    decoder.network.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, use_cache=True,
-                             min_new_tokens=new_tokens, max_new_tokens=new_tokens, streamer=clock)
+    with first_served():
+        decoder.network.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, use_cache=True,
+                                 min_new_tokens=new_tokens, max_new_tokens=new_tokens, streamer=clock)
     return time.perf_counter() - start - clock.own, clock.steps
 
 
