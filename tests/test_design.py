@@ -1,5 +1,6 @@
 """Experimental design: every tier is valid, and configuration errors name file, row and column."""
 
+import dataclasses
 import inspect
 import json
 import shutil
@@ -133,6 +134,15 @@ def test_settings_of_a_rival_are_its_row():
     assert settings["embedded.bitstack.bpw3.25"] == {"bpw": 3.25}
     assert not set(design.rivals) & set(design.planned)
     assert len(design.rivals) + len(design.planned) == len(design.quantized)
+
+
+def test_shared_columns_are_the_only_difference_of_their_rows():
+    runs = load_design(CONFIG, ROOT / "config").runs
+    shared = [name for name, row in runs.items() if row["reorder"] == "shared"]
+    assert len(shared) == 3
+    for name in shared:
+        own = run_spec(runs[name.removesuffix(".reorder-shared")])
+        assert run_spec(runs[name]) == dataclasses.replace(own, shared_columns=True) != own
 
 
 SHOWCASE = "embedded.sfmp-awq.bpw3.00.g128.b64"
