@@ -18,7 +18,7 @@ from sfmp import workflow
 from sfmp.design import load_design, run_spec
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = {"tier": "embedded", "seed": 0}
+CONFIG = {"tier": "embedded", "seed": 0, "cpu_bench": "results/reference/cpu/bench.json"}
 TIERS = ("embedded", "small", "paper")
 
 
