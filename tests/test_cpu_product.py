@@ -236,10 +236,10 @@ def test_gradient_flows_to_the_input():
 def test_operator_is_registered_as_torch_expects():
     packed = packed_case(0, bias=True)
     weight = product.weight(packed)
-    arguments = (_x(2, 100), weight.image, packed.bias, 40, weight.tile_columns, MODES[0])
+    arguments = (_x(2, 100), weight.image, packed.bias, 40, weight.tile_columns, weight.target, MODES[0])
     torch.library.opcheck(torch.ops.sfmp.cpu_linear.default, arguments)
     with torch.device("meta"):
-        shape = torch.ops.sfmp.cpu_linear(torch.empty(5, 1, 100), torch.empty(9), None, 40, 32, MODES[0]).shape
+        shape = torch.ops.sfmp.cpu_linear(torch.empty(5, 1, 100), torch.empty(9), None, 40, 32, "any", MODES[0]).shape
     assert shape == (5, 1, 40)
 
 

@@ -53,7 +53,8 @@ def test_measured_table_drives_the_products(tmp_path, monkeypatch):
     packed = tune._random(128, 256, 2)
     try:
         for tokens in (1, 4, 16, 17):
-            product._cpu_linear(torch.zeros(tokens, 256), product.weight(packed).image, None, 128, 128, MODES[0])
+            weight = product.weight(packed)
+            product._cpu_linear(torch.zeros(tokens, 256), weight.image, None, 128, 128, weight.target, MODES[0])
         assert chosen == [n for n in (1, 4, 16, 17) if n >= (table["modes"][MODES[0]]["crossover"]["2"] or 99)]
     finally:
         for functions in (launch.table, launch.least_crossover):

@@ -1,7 +1,8 @@
 """Products on the CPU: from a PackedMatrix and activations to the kernels, and the torch operator.
 
-``torch.ops.sfmp.cpu_linear(x, image, bias, rows, tile_columns, mode)`` is what a layer calls: no copy of activations
-that are contiguous, bfloat16 and float16 read and written by the kernels themselves. float64 is computed in float32.
+``torch.ops.sfmp.cpu_linear(x, image, bias, rows, tile_columns, target, mode)`` is what a layer calls: no copy of
+activations that are contiguous, bfloat16 and float16 read and written by the kernels themselves. float64 is computed in
+float32.
 
 Activations that are NaN, infinite or beyond 2^120 have no tables. All tokens of such a call are multiplied with the
 dequantized weight by torch, so the result has its NaN and infinities where torch has them.
@@ -25,7 +26,8 @@ RUN_TOKENS = 64  # bounds the memory of the tables
 _FIRST_JOB = 1 << 20
 
 _library = torch.library.Library("sfmp", "DEF")
-_library.define("cpu_linear(Tensor x, Tensor image, Tensor? bias, SymInt rows, int tile_columns, str mode) -> Tensor")
+_library.define("cpu_linear(Tensor x, Tensor image, Tensor? bias, SymInt rows, int tile_columns, str target, str mode) "
+                "-> Tensor")
 _local = threading.local()
 
 
@@ -75,6 +77,7 @@ class Weight:
     def __init__(self, image: torch.Tensor, rows: int, columns: int, tile_columns: int, target: str):
         self.image, self.rows, self.columns, self.tile_columns = image, rows, columns, tile_columns
         self.target, self._address = target, image.data_ptr()
+        self._ready: dict = {}  # mode → what a product of one token is called with
         self._shapes = {size: (1,) * (size - 1) + (rows,) for size in range(1, 5)}  # of y for one token
 
     def takes(self, x) -> bool:
@@ -88,19 +91,25 @@ class Weight:
         One token does without torch's dispatcher and without everything else that can be prepared: between two
         products that fill the caches with weights, each step of Python costs several times what it costs alone.
         """
-        shape = self._shapes.get(x.dim())
-        if (shape and x.numel() == self.columns and type(x) is torch.Tensor and x.is_contiguous()
+        shape, job = self._shapes.get(x.dim()), getattr(_local, "address", None)
+        if (shape and job and x.numel() == self.columns and type(x) is torch.Tensor and x.is_contiguous()
                 and not torch.compiler.is_compiling()):
-            run, fixed = _kernels(self.target, mode, self.tile_columns, 1)
+            run, fixed = self._ready.get(mode) or self._prepare(mode)
             kind, y = KINDS[x.dtype], x.new_empty(shape)
             bias_at, bias_kind = (0, 0) if bias is None else (bias.data_ptr(), KINDS.get(bias.dtype))
-            job = getattr(_local, "address", None)
-            if job is not None and bias_kind is not None:
-                found = run(job, threads.count(), *fixed, self._address, x.data_ptr(), kind, y.data_ptr(), kind,
-                            bias_at, bias_kind, 1)
-                if found == 0:
-                    return y
-        return _operator(x, self.image, bias, self.rows, self.tile_columns, mode)
+            if bias_kind is not None and run(job, threads.count(), *fixed, x.data_ptr(), kind, y.data_ptr(), kind,
+                                             bias_at, bias_kind, 1) == 0:
+                return y
+        return _operator(x, self.image, bias, self.rows, self.tile_columns, self.target, mode)
+
+    def forget(self) -> None:
+        """Look the kernels up again: the launch table was changed."""
+        self._ready.clear()
+
+    def _prepare(self, mode):
+        run, fixed = _kernels(self.target, mode, self.tile_columns, 1)
+        self._ready[mode] = run, (*fixed, self._address)
+        return self._ready[mode]
 
 
 def weight(packed) -> Weight:
@@ -144,6 +153,8 @@ class _Product(torch.autograd.Function):
 @functools.cache
 def _kernels(target: str, mode: str, columns: int, together: int):
     """`run` and its arguments that target and mode fix: compiled, or from Numba's cache."""
+    if mode not in targets.MODES.get(target, ()):
+        choose_mode(mode)  # raises: the target was changed after the mode was chosen
     threads.choose_layer()
     worker = drive.worker(target, mode, columns, together)
     kind = list(targets.MODES).index(target) * len(MODES) + MODES.index(mode)  # of the tables that are kept
@@ -168,7 +179,7 @@ def _panel_memory(size: int) -> np.ndarray:
     return held
 
 
-def through_tables(x, image, bias, rows: int, tile_columns: int, mode: str, together: int | None = None):
+def through_tables(x, image, bias, rows: int, tile_columns: int, target: str, mode: str, together: int | None = None):
     """Return x Wᵀ + bias by look-ups; `together` tokens share a pass, by the launch table if None."""
     shape, kind = x.shape, KINDS[x.dtype]
     y = x.new_empty(shape[:-1] + (rows,))
@@ -177,7 +188,6 @@ def through_tables(x, image, bias, rows: int, tile_columns: int, mode: str, toge
         bias = (bias.float() if bias.dtype not in KINDS else bias).contiguous()
         bias_at, bias_kind = bias.data_ptr(), KINDS[bias.dtype]
     weight, x_at, y_at, count, job = image.data_ptr(), x.data_ptr(), y.data_ptr(), threads.count(), _job(0)
-    target = targets.detect()[0]
     left = x.numel() // shape[-1]
     while left:
         tokens, shared = _portion(left, mode) if together is None else (left, together)
@@ -208,12 +218,12 @@ def through_panels(x, image, bias, rounded: bool):
     return y.view(*x.shape[:-1], -1)
 
 
-def _cpu_linear(x, image, bias, rows, tile_columns, mode):
+def _cpu_linear(x, image, bias, rows, tile_columns, target, mode):
     x = x.contiguous()
     tokens = x.numel() // x.shape[-1]
     if tokens >= launch.least_crossover(mode) and tokens >= launch.crossover(mode, layout.mean_bits(image.numpy())):
         return through_panels(x, image, bias, rounded=mode == "lut8")
-    return through_tables(x, image, bias, rows, tile_columns, mode)
+    return through_tables(x, image, bias, rows, tile_columns, target, mode)
 
 
 _library.impl("cpu_linear", _cpu_linear, "CPU")
@@ -221,5 +231,5 @@ _operator = torch.ops.sfmp.cpu_linear.default
 
 
 @torch.library.register_fake("sfmp::cpu_linear", lib=_library)
-def _fake_linear(x, image, bias, rows, tile_columns, mode):
+def _fake_linear(x, image, bias, rows, tile_columns, target, mode):
     return x.new_empty((*x.shape[:-1], rows))

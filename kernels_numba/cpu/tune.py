@@ -54,17 +54,19 @@ def best_prefetch(rows: int, columns: int, mode: str) -> dict:
     try:
         for ahead, locality in PREFETCHES:
             launch.table()["prefetch"] = {"bytes": ahead, "locality": locality}
-            _forget_kernels()
+            _forget_kernels(weights)
             seconds += _least(multiply)
     finally:
         launch.table()["prefetch"] = kept
-        _forget_kernels()
+        _forget_kernels(weights)
     return dict(zip(("bytes", "locality"), PREFETCHES[int(np.argmin(seconds))], strict=True))
 
 
-def _forget_kernels():
+def _forget_kernels(weights):
     for cached in (drive.source_hash, drive.worker, product._kernels):
         cached.cache_clear()
+    for weight in weights:
+        weight.forget()
 
 
 def _random(rows, columns, width):
@@ -90,11 +92,12 @@ def _least(*functions) -> list[float]:
 
 def _tables(mode, packed, tokens, together):
     """One product through tables, with activations that are new each time."""
-    x, image = torch.randn(tokens, packed.shape[1]), product.weight(packed).image
+    x, weight = torch.randn(tokens, packed.shape[1]), product.weight(packed)
+    image = weight.image
 
     def multiply():
         x.neg_()  # new tables each time
-        product.through_tables(x, image, None, packed.shape[0], product.weight(packed).tile_columns, mode, together)
+        product.through_tables(x, image, None, packed.shape[0], weight.tile_columns, weight.target, mode, together)
 
     return multiply
 

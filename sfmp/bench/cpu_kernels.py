@@ -66,10 +66,10 @@ class Matrices:
 
     def both_ways(self, x: torch.Tensor, mode: str) -> list[Candidate]:
         """Many tokens: through tables, and through dequantized panels, whatever the launch table says."""
-        image, rows, tile_columns = self.weights[0].image, self.packed.shape[0], self.weights[0].tile_columns
+        image = self.weights[0].image
         expected, found = x.double() @ self.packed.dequantize().double().T, []
         for way in ("tables", "panels"):
-            products = [functools.partial(_through, way, weight, tokens, rows, tile_columns, mode)
+            products = [functools.partial(_through, way, weight, tokens, mode)
                         for weight, tokens in zip(self.weights, self._activations(x), strict=True)]
             found.append(Candidate(f"{mode} {way} {self.label}", "sfmp", products, len(image),
                                    error=relative_error(products[0]().float(), expected),
@@ -77,9 +77,9 @@ class Matrices:
         return found
 
 
-def _through(way, weight, x, rows, tile_columns, mode):
+def _through(way, weight, x, mode):
     if way == "tables":
-        return product.through_tables(x, weight.image, None, rows, tile_columns, mode)
+        return product.through_tables(x, weight.image, None, weight.rows, weight.tile_columns, weight.target, mode)
     return product.through_panels(x, weight.image, None, rounded=mode == "lut8")
 
 
