@@ -41,7 +41,7 @@ class Kernel:
         self.words = columns // WORD_COLUMNS
 
     def write(self, v: Simd, tiles, count, tables, table_step, sums, sum_step):
-        self.v = v
+        self.v, self.table_step = v, table_step
         self.tables = [v.at(tables, v.times(table_step, token)) for token in range(self.tokens)]
         self.kept = {}
         if self.tokens == 1:  # what a register holds for all tiles

@@ -10,6 +10,8 @@ Signed bytes of tables are stored + 128 (`Simd.biased`), which the total gives b
 
 from __future__ import annotations
 
+import functools
+
 from kernels_numba.cpu import lut
 from kernels_numba.cpu.records import VECTOR
 from kernels_numba.cpu.simd import BYTES, INTS
@@ -21,44 +23,62 @@ class Bytes(lut.Bytes):
     """int8 entries."""
 
     def multiply(self, tile):
-        """Return the totals of the tokens; the planes are taken from the top."""
-        totals, planes = None, list(reversed(range(self.bits)))
+        """Return the total of each token; several tokens are a loop that reads the indices from the stack."""
+        v = self.v
+        if self.tokens == 1:
+            return [self.total([[part] for part in self._integers(functools.partial(self._indices, tile))])]
+        count = self.words * self.steps
+        stored, found = v.stack(self.bits * count * VECTOR), v.stack(self.tokens * self.parts * VECTOR)
+        for plane in range(self.bits):
+            for number, index in enumerate(self._indices(tile, plane)):
+                v.store(v.at(stored, (plane * count + number) * VECTOR), index)
+        tables = self.tables
+        with v.loop(self.tokens) as token:
+            self.tables = [v.at(tables[0], v.builder.mul(token, self.table_step))]
+            parts = self._integers(lambda plane: [v.load(BYTES, v.at(stored, (plane * count + number) * VECTOR))
+                                                  for number in range(count)])
+            for number, part in enumerate(parts):
+                v.store(v.at(found, v.at(v.times(token, self.parts * VECTOR), number * VECTOR)), part)
+        self.tables = tables
+        places = [[v.at(found, (token * self.parts + part) * VECTOR) for part in range(self.parts)]
+                  for token in range(self.tokens)]
+        return [self.total([[v.load(INTS, place)] for place in parts]) for parts in places]
+
+    def _indices(self, tile, plane):
+        """Indices into the tables of each word and step."""
+        v = self.v
+        lines = [v.rows_to_lanes(v.load(BYTES, v.at(tile, (word * self.bits + plane) * VECTOR)))
+                 for word in range(self.words)]
+        return [v.nibbles(line, step) for line in lines for step in range(self.steps)]
+
+    def _integers(self, indices):
+        """Total of a token for each part of an entry, as int32 for 16 rows; ``indices(plane)`` as `_indices`."""
+        v, totals, planes = self.v, None, list(reversed(range(self.bits)))
         while planes:
             group, planes = planes[: self._planes_that_fit()], planes[self._planes_that_fit() :]
-            found = self._multiply(tile, group)
+            found = [v.rows_of_lanes(sums) for sums in self._sums(indices, group)]
             if totals is not None:
-                found = [[self.v.add(self.v.left(total, len(group)), part) for total, part in zip(*pair, strict=True)]
-                         for pair in zip(totals, found, strict=True)]
+                found = [v.add(v.left(total, len(group)), part) for total, part in zip(totals, found, strict=True)]
             totals = found
-        return [self.total([[part] for part in self._unbiased(parts)]) for parts in totals]
+        bias = 128 * (self.columns // 4) * ((1 << self.bits) - 1)  # only the highest byte of an entry has a sign
+        return [v.add(totals[0], v.constant(INTS, -bias)), *totals[1:]]
+
+    def _sums(self, indices, planes):
+        """Lane sums of some planes, which are taken from the top, for each part of an entry."""
+        v, sums = self.v, [self.v.no_lane_sums() for _ in range(self.parts)]
+        for plane in planes:
+            if plane != planes[0]:
+                sums = [v.doubled(part) for part in sums]
+            for number, index in enumerate(indices(plane)):
+                for part, table in enumerate(self.tables_of(0, *divmod(number, self.steps))):
+                    for entries in v.lookup_lanes(table, index):
+                        sums[part] = v.add_to_lanes(sums[part], entries)
+        return sums
 
     def _planes_that_fit(self) -> int:
         """Planes whose sum, in one lane, is below 2^16."""
         largest = self.words * self.steps * (VECTOR // self.v.lane_vector) * _LARGEST
         return max(planes for planes in range(1, 9) if largest * ((1 << planes) - 1) < 1 << 16)
-
-    def _multiply(self, tile, planes):
-        """Sums of the planes for each token and part of an entry, as int32 for 16 rows."""
-        v = self.v
-        sums = [[v.no_lane_sums() for _ in range(self.parts)] for _ in range(self.tokens)]
-        for plane in planes:
-            lines = [v.rows_to_lanes(v.load(BYTES, v.at(tile, (word * self.bits + plane) * VECTOR)))
-                     for word in range(self.words)]
-            places = [(word, step, v.nibbles(line, step)) for word, line in enumerate(lines)
-                      for step in range(self.steps)]
-            for token, parts in enumerate(sums):
-                if plane != planes[0]:
-                    parts[:] = [v.doubled(part) for part in parts]
-                for word, step, index in places:
-                    for part, table in enumerate(self.tables_of(token, word, step)):
-                        for entries in v.lookup_lanes(table, index):
-                            parts[part] = v.add_to_lanes(parts[part], entries)
-        return [[v.rows_of_lanes(part) for part in parts] for parts in sums]
-
-    def _unbiased(self, parts):
-        """Only the highest byte of an entry has a sign."""
-        bias = 128 * (self.columns // 4) * ((1 << self.bits) - 1)
-        return [self.v.add(parts[0], self.v.constant(INTS, -bias)), *parts[1:]]
 
 
 class Shorts(Bytes, lut.Shorts):

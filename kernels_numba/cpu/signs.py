@@ -21,7 +21,12 @@ class Floats(lut.Kernel):
 
     def multiply(self, tile):
         """Return the totals of the tokens, one after the other: their sums would not fit into registers together."""
-        return [self._multiply(tile, table) for table in self.tables]
+        v = self.v
+        found = v.stack(self.tokens * VECTOR)
+        with v.loop(self.tokens) as token:
+            total = self._multiply(tile, v.at(self.tables[0], v.builder.mul(token, self.table_step)))
+            v.store(v.at(found, v.times(token, VECTOR)), total)
+        return [v.load(FLOATS, v.at(found, token * VECTOR)) for token in range(self.tokens)]
 
     def _multiply(self, tile, table):
         v = self.v

@@ -115,8 +115,9 @@ class Simd:
         self._call("llvm.prefetch.p0", ir.VoidType(), [pointer, INT(0), INT(locality), INT(1)])
 
     def stack(self, size: int):
-        """Return the address of `size` bytes on the stack, aligned to a vector."""
-        slot = cgutils.alloca_once(self.builder, ir.ArrayType(BYTE, size))
+        """Return the address of `size` bytes on the stack, aligned to a vector, not set to anything."""
+        with self.builder.goto_entry_block():
+            slot = self.builder.alloca(ir.ArrayType(BYTE, size))
         slot.align = VECTOR
         return self.builder.ptrtoint(slot, LONG)
 

@@ -42,12 +42,12 @@ def build_tables(typing, target, mode, columns, x, indices, record):
     signature = types.int64(target, mode, columns, types.int64, types.int64, types.int64)
 
     def codegen(context, builder, signature, arguments):
-        return _build(vectors(builder), *fixed, *arguments[3:])
+        return write_tables(vectors(builder), *fixed, *arguments[3:])
 
     return signature, codegen
 
 
-def _build(v: Simd, mode, columns, x, indices, record):
+def write_tables(v: Simd, mode, columns, x, indices, record):
     b = v.builder
     gathered = v.stack(4 * columns)
     zero = v.constant(FLOATS, 0.0)
