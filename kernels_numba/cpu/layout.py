@@ -24,7 +24,7 @@ from kernels_numba.cpu.records import VECTOR, WORD_COLUMNS, tile_bytes
 
 TILE_ROWS = 16
 STRIP_TILES = 32
-STRIPS_OF_THREAD = 4  # so that threads finish together
+STRIPS_OF_THREAD = 8  # so that threads finish together
 PIECE = 1 << 14  # tiles repacked at a time: bounds temporary memory
 (ROWS, COLUMNS, TILE_COLUMNS, COLUMN_TILES, STRIPS, ROW_TILES, STRIP_TABLE, BITS, ROW_MAP, COLUMN_MAP, COLUMN_KEY,
  SIZE, HEADER) = range(13)  # int64 words at the start of an image; the tables are given by their byte offset
