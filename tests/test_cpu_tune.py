@@ -36,12 +36,12 @@ def test_measured_table_drives_the_products(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "BATCHES", (4, 16))
     monkeypatch.setattr(tune, "BITS", (2,))
     monkeypatch.setattr(tune, "COLD", 1 << 16)
-    monkeypatch.setattr(tune, "PREFETCHES", ((576, 3), (1088, 2)))
+    monkeypatch.setattr(tune, "PREFETCHES", [{"bytes": 576, "locality": 3}, {"bytes": 1088, "locality": 2}])
     before = dict(launch.table()["prefetch"])
     path = tmp_path / "launch.json"
     tune.main(["--rows", "128", "--columns", "256", "--output", str(path)])
     table = json.loads(path.read_text())
-    assert (table["prefetch"]["bytes"], table["prefetch"]["locality"]) in tune.PREFETCHES
+    assert table["prefetch"] in tune.PREFETCHES
     assert launch.table()["prefetch"] == before, "measuring leaves the table in use alone"
     assert set(table["modes"]) == set(MODES) and table["measured"]["shape"] == [128, 256]
     for functions in (launch.table, launch.least_crossover):

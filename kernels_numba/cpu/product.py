@@ -102,10 +102,6 @@ class Weight:
                 return y
         return _operator(x, self.image, bias, self.rows, self.tile_columns, self.target, mode)
 
-    def forget(self) -> None:
-        """Look the kernels up again: the launch table was changed."""
-        self._ready.clear()
-
     def _prepare(self, mode):
         run, fixed = _kernels(self.target, mode, self.tile_columns, 1)
         self._ready[mode] = run, (*fixed, self._address)

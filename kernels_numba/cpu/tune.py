@@ -25,7 +25,8 @@ from sfmp.pack import pack
 BITS = (2, 3, 4, 8)
 BATCHES = (16, 32, 64, 128, 256, 512, 1024)
 REPEATS = 7
-PREFETCHES = ((4160, 2), (2112, 3), (4160, 3), (8256, 3))  # bytes ahead, locality; no multiples of a page
+PREFETCHES = [{"bytes": ahead, "locality": locality}  # no multiples of a page
+              for ahead, locality in ((4160, 2), (2112, 3), (4160, 3), (8256, 3))]
 COLD = 128 << 20  # bytes of weights that no cache holds
 
 
@@ -44,29 +45,32 @@ def best_prefetch(rows: int, columns: int, mode: str) -> dict:
     packed = [_random(rows, columns, width) for width in (2, 4)]
     copies = COLD // sum(part.nbytes for part in packed) + 1
     weights = [product.weight(dataclasses.replace(part, cache={})) for part in packed for _ in range(copies)]
-    x, kept = torch.randn(1, columns), launch.table()["prefetch"]
+    kept = launch.table()["prefetch"]
+    try:
+        functions = [_with_prefetch(choice, weights, torch.randn(1, columns), mode) for choice in PREFETCHES]
+    finally:
+        launch.table()["prefetch"] = kept
+        _forget_kernels()
+    return PREFETCHES[int(np.argmin(_least(*functions)))]
+
+
+def _with_prefetch(choice, weights, x, mode):
+    """Products with kernels that prefetch as `choice` says, compiled at the first."""
+    launch.table()["prefetch"] = choice
+    _forget_kernels()
+    weights = [product.Weight(w.image, w.rows, w.columns, w.tile_columns, w.target) for w in weights]
 
     def multiply():
         for weight in weights:
             weight.multiply(x, None, mode)
 
-    seconds = []
-    try:
-        for ahead, locality in PREFETCHES:
-            launch.table()["prefetch"] = {"bytes": ahead, "locality": locality}
-            _forget_kernels(weights)
-            seconds += _least(multiply)
-    finally:
-        launch.table()["prefetch"] = kept
-        _forget_kernels(weights)
-    return dict(zip(("bytes", "locality"), PREFETCHES[int(np.argmin(seconds))], strict=True))
+    multiply()
+    return multiply
 
 
-def _forget_kernels(weights):
+def _forget_kernels():
     for cached in (drive.source_hash, drive.worker, product._kernels):
         cached.cache_clear()
-    for weight in weights:
-        weight.forget()
 
 
 def _random(rows, columns, width):
