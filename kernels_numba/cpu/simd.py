@@ -21,6 +21,7 @@ BIT, BYTE, SHORT, INT, LONG = (ir.IntType(size) for size in (1, 8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 BYTES, SHORTS, INTS, FLOATS, HALVES = (ir.VectorType(kind, size) for kind, size in (
     (BYTE, 64), (SHORT, 32), (INT, 16), (FLOAT, 16), (HALF, 16)))
+_constants: dict = {}  # each is written out once: they are most of the text of a kernel
 LANES = 16  # rows of a tile, entries of a float table
 VECTOR = 64  # bytes
 
@@ -134,13 +135,16 @@ class Simd:
     @staticmethod
     def constant(kind, value):
         """A vector constant: one value for all lanes, or a list."""
-        values = value if isinstance(value, list) else [value] * kind.count
-        return ir.Constant(kind, values)
+        key = kind, repr(value)  # 0.0 and -0.0 differ
+        found = _constants.get(key)
+        if found is None:
+            found = _constants[key] = ir.Constant(kind, value if isinstance(value, list) else [value] * kind.count)
+        return found
 
     def splat(self, scalar):
         """16 copies of a scalar of 4 bytes."""
         kind = ir.VectorType(scalar.type, LANES)
-        first = self.builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, INT(0))
+        first = self.builder.insert_element(self.constant(kind, ir.Undefined), scalar, INT(0))
         return self._shuffle(first, [0] * LANES)
 
     def load_splat(self, kind, address):
@@ -256,12 +260,12 @@ class Simd:
         return self.builder.inttoptr(address, ir.PointerType(kind))
 
     def _shuffle(self, vector, lanes):
-        return self._shuffle_two(vector, ir.Constant(vector.type, ir.Undefined), lanes)
+        return self._shuffle_two(vector, self.constant(vector.type, ir.Undefined), lanes)
 
     def _shuffle_two(self, x, y, lanes):
         """Lanes of x and, counted on from those, of y."""
         lanes = list(lanes)
-        return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(INT, len(lanes)), lanes))
+        return self.builder.shuffle_vector(x, y, self.constant(ir.VectorType(INT, len(lanes)), lanes))
 
     def _declare(self, name, result, kinds):
         return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, kinds), name)
