@@ -63,7 +63,8 @@ def test_changed_backend_and_mode_are_honoured(layer):
     for backend, mode in (("cpu", None), ("cpu", "exact"), ("reference", None), ("cpu", "exact"), ("cpu", None)):
         layer.backend, layer.mode = backend, mode
         assert torch.equal(results.setdefault((backend, mode), layer(x)), layer(x))
-    assert len({tuple(y.flatten().tolist()) for y in results.values()}) == 3
+    modes = 1 if targets.detect()[0] == "generic" else 2  # whose default is exact
+    assert len({tuple(y.flatten().tolist()) for y in results.values()}) == 1 + modes
     assert torch.equal(results["reference", None], nn.functional.linear(x, layer.dequantize(), layer.bias))
 
 
