@@ -223,10 +223,9 @@ use rule e1 as e4_cpu with:
         e4_cpu_reordering=table("e4_cpu_reordering"), e4_cpu_batches=table("e4_cpu_batches"),
         e4_cpu_crossovers=table("e4_cpu_crossovers"), e4_cpu_accuracy=table("e4_cpu_accuracy"),
         e4_cpu_widths=table("e4_cpu_widths"), e4_cpu_decoding=table("e4_cpu_decoding"),
-        e4_cpu_targets=table("e4_cpu_targets"), kernel_peers=figure("kernel_peers"),
-        kernel_bits=figure("kernel_bits"), kernel_batch=figure("kernel_batch"),
-        kernel_accuracy=figure("kernel_accuracy"), table_width=figure("table_width"),
-        decode_speed=figure("decode_speed"),
+        e4_cpu_targets=table("e4_cpu_targets"), e4_cpu_conditions=table("e4_cpu_conditions"),
+        kernel_peers=figure("kernel_peers"), kernel_bits=figure("kernel_bits"), kernel_batch=figure("kernel_batch"),
+        kernel_accuracy=figure("kernel_accuracy"), table_width=figure("table_width"), decode_speed=figure("decode_speed"),
     log: **shared.logs("e4_cpu")
     params: **shared.params("e4_cpu")
 

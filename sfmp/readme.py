@@ -59,6 +59,8 @@ def results_block(reference: Path) -> str:
             "",
             _grid(runs.assign(acc=100 * runs.acc), "acc", "{:.1f}"),
             "",
+            *_kernels(reference / "tables"),
+            "",
             "Claims (" + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "); "
             "rules: [config/claims.tsv](config/claims.tsv), all verdicts: "
             "[claims.csv](results/reference/embedded/claims.csv). Below: every claim of the "
@@ -69,6 +71,40 @@ def results_block(reference: Path) -> str:
             *map(_claim, shown.itertuples()),
         ]
     )
+
+
+def _kernels(tables: Path) -> list[str]:
+    """Speed of the CPU kernels beside their peers, and of decoding."""
+    products, decoding = (pd.read_csv(tables / f"e4_cpu_{name}.csv") for name in ("products", "decoding"))
+    told = pd.read_csv(tables / "e4_cpu_conditions.csv", index_col="what").value
+    shown = products[products.family.ne("roof") & ~products.natural & ~products.mixed & products.bits.isin([2, 3, 4])]
+    names = {"sfmp": "{0.mode}", "onnxruntime": "onnxruntime ({0.mode})", "openvino": "OpenVINO",
+             "torch": "torch {0.mode}"}
+    shown = shown.assign(candidate=[names[row.family].format(row) for row in shown.itertuples()])
+    shapes = list(dict.fromkeys(shown["shape"]))
+    columns = [(shape, bits) for shape in shapes for bits in (2, 3, 4)]
+    grid = shown.pivot_table(index="candidate", columns=["shape", "bits"], values="times_bfloat16", sort=False)
+    lines = [f"| {name} | " + " | ".join("–" if pd.isna(v) else f"{v:.1f}" for v in grid.loc[name].reindex(columns))
+             + " |" for name in grid.index]
+    large = decoding[decoding.random].set_index("weights")
+    bpw = 3.0
+    packed = large[large.bpw == bpw].loc["sfmp lut16"]
+    return [
+        f"Speed on one CPU ({told['processor']}, {told['threads']} threads, {told['date']}): one token, weights from "
+        "memory, tables and reordering included, `torch` with bfloat16 weights = 1, medians of ratios within a run "
+        "([e4_cpu](notebooks/e4_cpu.ipynb)):",
+        "",
+        "| kernel | " + " | ".join(f"{shape}, {bits} bits" for shape, bits in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+        *lines,
+        "",
+        f"`generate` on {packed.model} random Llama weights: {packed.tokens_per_second:.1f} tokens a second at "
+        f"{bpw:g} bpw (lut16), {large.tokens_per_second['torch bf16']:.1f} with torch in bfloat16, "
+        f"{large.tokens_per_second['torch fp32']:.1f} in float32.",
+        "",
+        "![time of one token against bits: straight lines just above the time of reading the same bytes]"
+        "(results/reference/embedded/figures/kernel_bits.png)",
+    ]
 
 
 def _claim(row) -> str:

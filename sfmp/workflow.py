@@ -32,7 +32,7 @@ TABLES = (
     "e3_granularity", "e3_guided", "e3_quantizer", "packing", "lut_gemm", "integration", "concentration", "allocation",
     "allocation_oracle", "mlp_experiment", "guided_agreement",
     *(f"e4_cpu_{part}" for part in ("products", "fits", "reordering", "batches", "crossovers", "accuracy", "widths",
-                                    "decoding", "targets")),
+                                    "decoding", "targets", "conditions")),
 )
 FIGURES = (
     "overview", "salience_before_after", "bit_map", "bits_by_layer", "accuracy_vs_bpw", "perplexity_vs_bpw",
