@@ -37,6 +37,8 @@ def kernel_bits(table: pd.DataFrame, lines: pd.DataFrame):
         ax.plot(roof.index, roof, color="0.35", linestyle=":", label="reading the same bytes")
         for mode, (label, colour, marker, _) in _MODES.items():
             ours = rows[(rows.family == "sfmp") & (rows["mode"] == mode) & ~rows.natural]
+            if ours.empty:  # a processor may lack a mode
+                continue
             fit = lines[(lines["shape"] == shape) & (lines["mode"] == mode)].iloc[0]
             ends = np.array([ours.bits.min(), ours.bits.max()], dtype=float)
             ax.plot(ends, fit.fixed_us + fit.us_per_bit * ends, color=colour, linewidth=0.9)

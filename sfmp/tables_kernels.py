@@ -28,6 +28,7 @@ TARGETS = (
 )
 BATCH_TARGET = ("lut8 / torch bfloat16, 8 tokens", {2: 4.5, 3: 3.2, 4: 2.4})
 LEAST_R2 = 0.99
+LEAST_ROUNDS = 9
 
 
 def read_bench(path: Path | str) -> dict:
@@ -58,6 +59,7 @@ def conditions(bench: Mapping) -> pd.DataFrame:
     kept = ("python", "torch", "numba", "llvmlite", "numpy", "onnxruntime", "openvino", "transformers")
     named = {
         "processor": machine["cpu"], "memory": f"{machine['memory_bytes'] / 2**30:.0f} GB",
+        "quick": "yes: not to be quoted" if bench["rounds"]["product"] < LEAST_ROUNDS else "no",
         "threads": bench["threads"], "kernels": bench["kernels"], "date": bench["date"],
         "commit": bench["commit"], "rounds": ", ".join(f"{k} {v}" for k, v in bench["rounds"].items()),
         **{name: versions.get(name) or "not installed" for name in kept},
@@ -96,8 +98,8 @@ def _roofs(rows):
     found = {}
     for row in rows:
         if row["family"] == "roof":
-            bits = float(row["bits"])
-            if bits not in found or median(row["cold"]) < median(found[bits]):
+            bits, time = float(row["bits"]), median(row["cold"])
+            if time is not None and (bits not in found or time < median(found[bits])):
                 found[bits] = row["cold"]
     return found
 
@@ -105,7 +107,7 @@ def _roofs(rows):
 def _best(rows, family, bits):
     """Samples of the fastest candidate of a family at a bit-width, or None."""
     candidates = [row["cold"] for row in rows if row["family"] == family and row.get("bits") == bits]
-    return min(candidates, key=median, default=None)
+    return min((samples for samples in candidates if median(samples) is not None), key=median, default=None)
 
 
 def products(bench: Mapping) -> pd.DataFrame:

@@ -78,6 +78,7 @@ def test_medians_and_ratios_leave_out_what_was_not_counted():
 def test_relative_error():
     assert timing.relative_error([3, 4], [3, 4]) == 0
     assert timing.relative_error(np.array([[3.0, 5.0]]), [3, 4]) == pytest.approx(0.2)
+    assert timing.relative_error([np.nan, 4], [3, 4]) is None, "JSON has no NaN"
 
 
 def test_waiting_is_read_from_the_system_and_never_falls():

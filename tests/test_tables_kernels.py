@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +96,24 @@ def test_ratios_are_medians_over_rounds(bench):
     assert np.isnan(frame.loc["lut8 3", "times_onnxruntime"]) and np.isnan(frame.loc["torch float32", "of_roof"])
     assert frame.loc["lut8 2", "gigabytes_per_second"] == pytest.approx(1e6 / (90 * 1.25) / 1e3)
     assert frame.loc["lut8 2", "warm_us"] == pytest.approx(90 * 1.25 / 2)
+
+
+def test_what_was_never_counted_stays_empty(bench):
+    for row in bench["parts"][0]["rows"]:
+        if row["name"] in ("read 2", "read 2 slow", "onnxruntime lut 2", "lut8 4"):
+            row["cold"] = [None] * 3
+    frame = tables.products(bench).set_index(["shape", "name"]).loc["4096×4096"]
+    assert np.isnan(frame.loc["lut8 2", "of_roof"]) and np.isnan(frame.loc["lut8 4", "times_bfloat16"])
+    assert frame.loc["lut8 2", "times_onnxruntime"] == pytest.approx(180 / 112.5)
+    assert frame.loc["lut8 4", "counted"] == 0
+
+
+def test_the_committed_bench_may_be_quoted():
+    committed = tables.read_bench(Path(__file__).parents[1] / "results/reference/cpu/bench.json")
+    told = tables.conditions(committed).set_index("what").value
+    assert told["quick"] == "no" and told["threads"] == "2" and "avx512" in told["kernels"]
+    assert {part["part"] for part in committed["parts"]} == {"product", "batch", "width", "accuracy", "decode"}
+    assert min(len(row["cold"]) for part in committed["parts"] for row in part["rows"] if "cold" in row) >= 9
 
 
 def test_one_disturbed_candidate_does_not_move_the_others(bench):

@@ -19,7 +19,6 @@ from sfmp.checks import SfmpError, write_atomically
 SHAPES = ((4096, 4096), (14336, 4096))  # out × in
 BATCHES = (2, 4, 8, 16, 32, 64, 128)
 BITS = (2, 2.5, 3, 3.5, 4)
-MODES = ("lut8", "lut16", "exact")
 ROUNDS = {"product": 21, "batch": 9, "width": 9, "decode": 5}
 QUICK = {"product": 3, "batch": 2, "width": 2, "decode": 1}
 
@@ -117,6 +116,13 @@ def run_part(part: dict, quick: bool, cpus: list[int]) -> dict:
     return {"rows": rows, "absent": absent}
 
 
+def _modes():
+    """Modes of this processor's kernels, fastest first."""
+    from kernels_numba.cpu import targets
+
+    return sorted(targets.MODES[targets.detect()[0]], key=("lut8", "lut16", "exact").index)
+
+
 def _product(part, rounds, cpus, absent):
     """One token: our modes by bits, what reading alone costs, all peers."""
     import torch
@@ -126,11 +132,12 @@ def _product(part, rounds, cpus, absent):
 
     rows, columns = part["shape"]
     x, candidates = torch.randn(1, columns, generator=torch.Generator().manual_seed(1)), []
+    modes = _modes()
     for bits in BITS:
         matrices = Matrices(rows, columns, bits)
-        candidates += matrices.candidates(x, MODES) + roof.candidates(matrices.images, matrices.label)
-    candidates += Matrices(rows, columns, 3, mixed=True).candidates(x, MODES)
-    candidates += Matrices(rows, columns, 3, natural=True).candidates(x, MODES)
+        candidates += matrices.candidates(x, modes) + roof.candidates(matrices.images, matrices.label)
+    candidates += Matrices(rows, columns, 3, mixed=True).candidates(x, modes)
+    candidates += Matrices(rows, columns, 3, natural=True).candidates(x, modes)
     return timing.measure(candidates + _peers(rows, columns, x, cpus, absent), rounds)
 
 
@@ -179,7 +186,7 @@ def _batch(part, rounds, cpus, absent):
     candidates = []
     for bits in (2, 3, 4):
         matrices = Matrices(rows, columns, bits)
-        for mode in MODES:
+        for mode in _modes():
             candidates += matrices.both_ways(x, mode)
     return timing.measure(candidates + _peers(rows, columns, x, cpus, absent), rounds)
 
@@ -203,14 +210,14 @@ def _width(part, rounds, cpus, absent):
 def _accuracy(part, rounds, cpus, absent):
     from sfmp.bench.cpu_kernels import accuracy
 
-    return accuracy(*part["shape"], MODES)
+    return accuracy(*part["shape"], _modes())
 
 
 def _decode(part, rounds, cpus, absent):
     """Tokens per second of generate."""
     from sfmp.bench import decode
 
-    return decode.measure_decode(decode.decoders_of(part["model"]), rounds=rounds)
+    return decode.measure_decode(decode.decoders_of(part["model"], modes=_modes()[::-1]), rounds=rounds)
 
 
 def write(result: dict, path: Path) -> None:

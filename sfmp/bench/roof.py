@@ -8,13 +8,12 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from kernels_numba.cpu import threads
+from kernels_numba.cpu import launch, threads
 from kernels_numba.cpu.simd import INTS, VECTOR, Simd
 from sfmp.bench.timing import Candidate
 
 CHAINS = 8  # vectors that are read before one depends on another
 PIECE = 4096  # bytes between looks at the loop counter
-AHEAD = {"as it is": None, "prefetched": (4160, 2)}
 
 
 def _reading(ahead):
@@ -69,10 +68,10 @@ def _reader(ahead):
 
 
 def candidates(images: list[np.ndarray], label: str) -> list[Candidate]:
-    """Pure reading of the same bytes as the kernels read, with and without software prefetch."""
+    """Pure reading of the same bytes as the kernels read, without software prefetch and with that of the kernels."""
     count = threads.count()
     found = []
-    for name, ahead in AHEAD.items():
+    for name, ahead in (("as it is", None), ("prefetched", launch.prefetch())):
         read = _reader(ahead)[count == 1]
         products = [functools.partial(read, image.ctypes.data, len(image) // PIECE, count) for image in images]
         found.append(Candidate(f"read {label} {name}", "roof", products, len(images[0]) // PIECE * PIECE,

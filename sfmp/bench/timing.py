@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import random
 import statistics
@@ -69,10 +70,11 @@ def copies(weight_bytes: int) -> int:
     return max(2, -(-COPIES_BYTES // weight_bytes))
 
 
-def relative_error(y, expected) -> float:
-    """‖y − expected‖ / ‖expected‖ in float64."""
+def relative_error(y, expected) -> float | None:
+    """‖y − expected‖ / ‖expected‖ in float64; None if it is no finite number."""
     y, expected = (np.asarray(array, np.float64).reshape(-1) for array in (y, expected))
-    return float(np.linalg.norm(y - expected) / np.linalg.norm(expected))
+    error = float(np.linalg.norm(y - expected) / np.linalg.norm(expected))
+    return error if math.isfinite(error) else None
 
 
 def measure(candidates: list[Candidate], rounds: int, seed: int = 0) -> list[dict]:
