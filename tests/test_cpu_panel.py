@@ -88,9 +88,11 @@ def test_mean_bits_of_an_image():
 
 
 def test_launch_table_is_complete_and_interpolated(monkeypatch):
-    for mode in ("lut16", "lut8", "exact"):
-        assert 1 <= launch.singles(mode) < launch.least_crossover(mode) <= launch.crossover(mode, 3)
-    table = {"modes": {"lut8": {"singles": 2, "crossover": {"2": None, "4": 60, "8": 20}}}}
+    for target, modes in targets.MODES.items():
+        for mode in modes:
+            least = launch.least_crossover(target, mode)
+            assert 1 <= launch.singles(target, mode) < least <= launch.crossover(target, mode, 3)
+    table = {"targets": {"avx2": {"modes": {"lut8": {"singles": 2, "crossover": {"2": None, "4": 60, "8": 20}}}}}}
     monkeypatch.setattr(launch, "table", lambda: table)
-    found = [launch.crossover("lut8", bits) for bits in (1, 2, 3, 4, 6, 8)]
-    assert found == pytest.approx([np.inf, np.inf, 120, 60, 30, 20])
+    found = [launch.crossover(target, "lut8", bits) for target in ("avx2", "neon") for bits in (1, 2, 3, 4, 6, 8)]
+    assert found == pytest.approx([np.inf, np.inf, 120, 60, 30, 20] * 2)

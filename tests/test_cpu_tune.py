@@ -43,7 +43,10 @@ def test_measured_table_drives_the_products(tmp_path, monkeypatch):
     table = json.loads(path.read_text())
     assert table["prefetch"] in tune.PREFETCHES
     assert launch.table()["prefetch"] == before, "measuring leaves the table in use alone"
-    assert set(table["modes"]) == set(MODES) and table["measured"]["shape"] == [128, 256]
+    target = targets.detect()[0]
+    assert set(table["targets"]) == {*launch.table()["targets"], target}, "entries of other targets stay"
+    assert set(table["targets"][target]["modes"]) == set(MODES)
+    assert table["targets"][target]["measured"]["shape"] == [128, 256]
     for functions in (launch.table, launch.least_crossover):
         functions.cache_clear()
     monkeypatch.setattr(launch, "PATH", path)
@@ -55,7 +58,7 @@ def test_measured_table_drives_the_products(tmp_path, monkeypatch):
         for tokens in (1, 4, 16, 17):
             weight = product.weight(packed)
             product._cpu_linear(torch.zeros(tokens, 256), weight.image, None, 128, 128, weight.target, MODES[0])
-        assert chosen == [n for n in (1, 4, 16, 17) if n >= (table["modes"][MODES[0]]["crossover"]["2"] or 99)]
+        assert chosen == [n for n in (1, 4, 16, 17) if n >= (launch.crossover(target, MODES[0], 2) or 99)]
     finally:
         for functions in (launch.table, launch.least_crossover):
             functions.cache_clear()

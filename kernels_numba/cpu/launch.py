@@ -1,6 +1,8 @@
 """What was measured once for a processor: how far to prefetch, from how many tokens on panels beat the tables.
 
-The numbers are data, ``launch.json`` beside this file; ``python -m kernels_numba.cpu.tune`` measures them again.
+The numbers are data, ``launch.json`` beside this file; ``python -m kernels_numba.cpu.tune`` measures them again. They
+hold for a processor, not for all that have its instructions: null ("never") was measured where torch has no matrix
+instructions (AMX) to multiply panels with.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 PATH = Path(__file__).with_name("launch.json")
+UNMEASURED = "avx2"  # stands for a target that was not measured (neon)
 
 
 @functools.cache
@@ -26,27 +29,33 @@ def prefetch() -> tuple[int, int]:
     return found["bytes"], found["locality"]
 
 
-def singles(mode: str) -> int:
+def modes(target: str) -> dict:
+    """What was measured with the kernels of a target, by mode; of `UNMEASURED` where nothing was."""
+    measured = table()["targets"]
+    return measured[target if target in measured else UNMEASURED]["modes"]
+
+
+def singles(target: str, mode: str) -> int:
     """Up to so many tokens are multiplied one by one, which is then faster than one pass for several tokens."""
-    return table()["modes"][mode]["singles"]
+    return modes(target)[mode]["singles"]
 
 
-def crossover(mode: str, bits: float) -> float:
+def crossover(target: str, mode: str, bits: float) -> float:
     """Tokens from which dequantized panels are faster, for a matrix of `bits` mean bits; infinite if never.
 
     Interpolated by the inverse of the tokens between the measured bit-widths: null in the table is never.
 
     Examples
     --------
-    >>> crossover("lut8", 2) > 2
+    >>> crossover("avx512_vbmi", "lut8", 2) > 2
     True
     """
-    measured = table()["modes"][mode]["crossover"]
+    measured = modes(target)[mode]["crossover"]
     widths = sorted(map(int, measured))
     inverse = np.interp(bits, widths, [1 / (measured[str(width)] or math.inf) for width in widths])
     return 1 / inverse if inverse else math.inf
 
 
 @functools.cache
-def least_crossover(mode: str) -> float:
-    return min(tokens or math.inf for tokens in table()["modes"][mode]["crossover"].values())
+def least_crossover(target: str, mode: str) -> float:
+    return min(tokens or math.inf for tokens in modes(target)[mode]["crossover"].values())

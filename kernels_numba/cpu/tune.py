@@ -1,8 +1,9 @@
 """Measure the launch table of this processor: ``python -m kernels_numba.cpu.tune [--rows N] [--columns K]``.
 
 How far ahead to prefetch; for each mode, up to how many tokens the one-token kernel beats a shared pass, and for some
-bit-widths from how many tokens on dequantized panels beat the tables. Times are the least of several, interleaved, so
-that a busy moment of the machine hits all sides; run it on a quiet machine all the same.
+bit-widths from how many tokens on dequantized panels beat the tables. ``SFMP_CPU_TARGET`` forces a lower target, of
+which alone the second part is then measured. Times are the least of several, interleaved, so that a busy moment of the
+machine hits all sides; run it on a quiet machine all the same.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -143,11 +145,13 @@ def main(arguments=None) -> None:
     target, why = targets.detect()
     if target is None:
         parser.error(why)
-    table = json.loads(options.output.read_text()) if options.output.exists() else {"modes": {}}
-    table["prefetch"] = best_prefetch(options.rows, options.columns, targets.MODES[target][0])
-    table["modes"].update(measure(options.rows, options.columns, targets.MODES[target]))
-    table["measured"] = {"target": target, "processor": _processor(), "threads": threads.count(),
-                         "shape": [options.rows, options.columns], "torch": torch.__version__}
+    table = json.loads(options.output.read_text()) if options.output.exists() else dict(launch.table())
+    if not os.environ.get(targets.VARIABLE):
+        table["prefetch"] = best_prefetch(options.rows, options.columns, targets.MODES[target][0])
+    table["targets"] = {**table["targets"], target: {
+        "modes": measure(options.rows, options.columns, targets.MODES[target]),
+        "measured": {"processor": _processor(), "threads": threads.count(), "shape": [options.rows, options.columns],
+                     "torch": torch.__version__}}}
     write_atomically(options.output, lambda path: path.write_text(json.dumps(table, indent=2) + "\n"))
     print(json.dumps(table, indent=2))
 
