@@ -118,7 +118,8 @@ def products(bench: Mapping) -> pd.DataFrame:
     pandas.DataFrame
         `shape, name, family, mode, bits, mixed, natural, weight_bytes, cold_us` with its 10th and 90th percentile,
         `warm_us, gigabytes_per_second, error, counted`, and how many times as fast as others: `of_roof` (reading the
-        bytes of our weights of the same bits, and no more), `times_bfloat16`, `times_float32` (torch), `times_onnxruntime` (its fastest at the
+        bytes of our weights of the same bits, and no more), `times_bfloat16`, `times_float32` (torch),
+        `times_onnxruntime` (its fastest at the
         same bits). Microseconds per product; "cold": weights come from memory; "warm": from cache.
     """
     found = []

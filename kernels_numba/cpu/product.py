@@ -186,7 +186,7 @@ def through_tables(x, image, bias, rows: int, tile_columns: int, target: str, mo
     weight, x_at, y_at, count, job = image.data_ptr(), x.data_ptr(), y.data_ptr(), threads.count(), _job(0)
     left = x.numel() // shape[-1]
     while left:
-        tokens, shared = _portion(left, mode) if together is None else (left, together)
+        tokens, shared = _portion(left, target, mode) if together is None else (left, together)
         run, fixed = _kernels(target, mode, tile_columns, shared)
         found = run(job, count, *fixed, weight, x_at, kind, y_at, kind, bias_at, bias_kind, tokens)
         if found > 0:
@@ -200,10 +200,10 @@ def through_tables(x, image, bias, rows: int, tile_columns: int, target: str, mo
     return y
 
 
-def _portion(left: int, mode: str) -> tuple[int, int]:
+def _portion(left: int, target: str, mode: str) -> tuple[int, int]:
     """(tokens of the next run, tokens that share a pass): whole passes first, then the rest."""
     together, left = TOKENS[mode], min(left, RUN_TOKENS)
-    if left <= launch.singles(mode):
+    if left <= launch.singles(target, mode):
         return left, 1
     return max(left // together * together, min(left, together)), together
 
@@ -217,7 +217,8 @@ def through_panels(x, image, bias, rounded: bool):
 def _cpu_linear(x, image, bias, rows, tile_columns, target, mode):
     x = x.contiguous()
     tokens = x.numel() // x.shape[-1]
-    if tokens >= launch.least_crossover(mode) and tokens >= launch.crossover(mode, layout.mean_bits(image.numpy())):
+    if tokens >= launch.least_crossover(target, mode) and tokens >= launch.crossover(
+            target, mode, layout.mean_bits(image.numpy())):
         return through_panels(x, image, bias, rounded=mode == "lut8")
     return through_tables(x, image, bias, rows, tile_columns, target, mode)
 
