@@ -63,8 +63,8 @@ def test_accuracy_of_a_mode_holds_across_the_crossover(mode, dtype, monkeypatch)
     calls = []
     monkeypatch.setattr(panel, "strips_of_panels", lambda *a, f=panel.strips_of_panels: calls.append(1) or f(*a))
     for crossover in (1, 1e9):
-        monkeypatch.setattr(launch, "crossover", lambda mode, bits, value=crossover: value)
-        monkeypatch.setattr(launch, "least_crossover", lambda mode, value=crossover: value)
+        monkeypatch.setattr(launch, "crossover", lambda *_, value=crossover: value)
+        monkeypatch.setattr(launch, "least_crossover", lambda *_, value=crossover: value)
         y = kernels_numba.matmul(x, packed, backend="cpu", mode=mode)
         assert y.dtype == dtype and y.shape == (40, 2, 300)
         assert float((y.double() - expected).norm() / expected.norm()) < limit
@@ -72,8 +72,8 @@ def test_accuracy_of_a_mode_holds_across_the_crossover(mode, dtype, monkeypatch)
 
 
 def test_activations_that_are_not_finite_pass_through_panels_as_in_torch(monkeypatch):
-    monkeypatch.setattr(launch, "crossover", lambda mode, bits: 1)
-    monkeypatch.setattr(launch, "least_crossover", lambda mode: 1)
+    monkeypatch.setattr(launch, "crossover", lambda *_: 1)
+    monkeypatch.setattr(launch, "least_crossover", lambda *_: 1)
     packed = packed_case(0, bias=True)
     x = _x(3, 100)
     x[0, 5], x[1, 7], x[1, 9] = float("nan"), float("inf"), -float("inf")

@@ -286,7 +286,7 @@ def test_bad_mode():
 @pytest.mark.parametrize("mode", MODES)
 def test_tokens_do_not_depend_on_each_other(mode, tokens, monkeypatch):
     """Whatever share of a pass a token gets, its result has the bits of a product of its own."""
-    monkeypatch.setattr(launch, "least_crossover", lambda mode: 1000)
+    monkeypatch.setattr(launch, "least_crossover", lambda *_: 1000)
     packed = packed_case(0, rows=70, cols=300, group_size=64, block_rows=48, bias=True)
     x = _x(tokens, 300)
     together = _multiply(x, packed, mode)
