@@ -66,6 +66,13 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
                         "see sfmp.pack.pack")
     if not isinstance(x, np.ndarray | torch.Tensor):
         raise SfmpError(f"x: expected a tensor or an array, found {type(x).__name__}; convert it")
+    if isinstance(x, np.ndarray):
+        if x.dtype.kind != "f" or x.dtype.itemsize > 8:
+            raise SfmpError(f"x: expected floating [..., {packed.shape[1]}] of at most 64 bits, found {x.dtype} "
+                            f"{list(x.shape)}; convert it")
+        if not x.dtype.isnative:
+            native = x.astype(x.dtype.newbyteorder("="))
+            return matmul(native, packed, backend, mode).astype(x.dtype)
     if backend == "auto":
         backend = next((name for name in BACKENDS if _suits(name, x, packed, mode)), "reference")
     if backend not in BACKENDS:
@@ -80,7 +87,8 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
         from kernels_numba.cpu import product
 
         y = product.matmul(x, packed, mode)
-        packed.cache["ready"] = requested, product.weight(packed), product.choose_mode(mode)
+        if isinstance(x, torch.Tensor):
+            packed.derived()["ready"] = *requested, product.weight(packed), product.choose_mode(mode), *packed.source()
         return y
     from kernels_numba import reference
 

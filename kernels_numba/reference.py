@@ -38,13 +38,14 @@ def matmul(x, packed, mode: str = "exact"):
     if mode == "lut":
         flat = lut_matmul(x.detach().float().cpu().reshape(-1, columns).numpy(), packed)
         return torch.from_numpy(flat).to(x).reshape(*x.shape[:-1], rows)
-    weight = packed.cache.get("weight")
+    cache = packed.derived()
+    weight = cache.get("weight")
     if weight is None:
-        keep = packed.cache.get("keep", False)
+        keep = cache.get("keep", False)
         with torch.inference_mode(torch.is_inference_mode_enabled() and not keep):
             weight = packed.dequantize()
         if keep:
-            packed.cache["weight"] = weight
+            cache["weight"] = weight
     dtype = x.dtype
     if x.device.type == "cpu":
         dtype = torch.promote_types(x.dtype, torch.float32)

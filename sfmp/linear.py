@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from sfmp.checks import SfmpError
 from sfmp.packed import TENSORS, PackedMatrix
@@ -42,7 +43,8 @@ class StoredLinear(nn.Module):
         try:
             super()._apply(fn, recurse)
         finally:
-            self._buffers.update({**stored, "bias": self._buffers.pop("bias")})
+            bias = {"bias": self._buffers.pop("bias")} if "bias" in self._buffers else {}  # or it is a parameter
+            self._buffers.update({**stored, **bias})
         for key, tensor in stored.items():
             moved = fn(tensor.view(torch.uint8))
             kept = moved.dtype == torch.uint8
@@ -51,7 +53,7 @@ class StoredLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._cache = {}
+        self._cache.clear()  # not replaced: who shares it shares the tensors that are filled now
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self):
@@ -64,6 +66,10 @@ class SFMPLinear(StoredLinear):
     x is [..., in_features] in float32, bfloat16, float16 or float64; y has the dtype of x. The buffers
     (`TENSORS` and ``bias``) keep their stored dtypes whatever ``.to(dtype)`` asks, because alpha and beta are
     float16 by format; only ``bias`` follows the model's dtype.
+
+    The CPU kernels repack the planes at the first call and keep both, so a model takes twice the memory of its packed
+    weights from then on. A stored tensor that is replaced or changed in place is repacked at the next call, except
+    inside a compiled model (compile it again) and for inference tensors (see `PackedMatrix.derived`).
 
     Attributes
     ----------
@@ -114,7 +120,10 @@ class SFMPLinear(StoredLinear):
         """The matrix, sharing the buffers and the cache of this layer."""
         stored = (getattr(self, key) for key in TENSORS)
         shape = (self.out_features, self.in_features)
-        return PackedMatrix(*stored, self.bias, shape, self.group_size, self.block_rows, self._cache)
+        packed = PackedMatrix(*stored, self.bias, shape, self.group_size, self.block_rows)
+        packed.cache = self._cache
+        self._cache = packed.derived()
+        return packed
 
     def dequantize(self) -> torch.Tensor:
         """Return the weight in natural order, float32 [N, K]."""
@@ -122,8 +131,20 @@ class SFMPLinear(StoredLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ready = self._cache.get("ready")
-        if ready is not None and ready[0] == (self.backend, self.mode) and ready[1].takes(x):
-            return ready[1].multiply(x, self._buffers["bias"], ready[2])
+        if ready is None:
+            return _first_product(x, self)
+        backend, asked, weight, mode, (planes, alpha, beta, bits, rows, columns), versions = ready
+        held = self._buffers
+        bias = held["bias"] if "bias" in held else self.bias  # a parameter since
+        # Written out, because this is what a layer costs beyond its product.
+        if backend == self.backend and asked == self.mode and weight.takes(x, bias):
+            if is_compiling():
+                return weight.dispatch(x, bias, mode)
+            if (held["planes"] is planes and held["alpha"] is alpha and held["beta"] is beta
+                    and held["block_bits"] is bits and held["row_perm"] is rows and held["col_perm"] is columns
+                    and (versions is None or versions == planes._version + alpha._version + beta._version
+                         + bits._version + rows._version + columns._version)):
+                return weight.multiply(x, bias, mode)
         return _first_product(x, self)
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ repacks the planes once and keeps its own form in ``PackedMatrix.cache``.
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class PackedMatrix:
     bias : floating [N], natural order, or None
     shape : (N, K) = (out_features, in_features)
     group_size, block_rows : int
-    cache : dict, what a backend derived from the tensors; never saved
+    cache : dict, what a backend derived from the tensors: neither saved nor copied; read it through `derived`
     """
 
     planes: torch.Tensor
@@ -49,7 +50,7 @@ class PackedMatrix:
     shape: tuple[int, int]
     group_size: int
     block_rows: int
-    cache: dict = dataclasses.field(default_factory=dict, repr=False)
+    cache: dict = dataclasses.field(default_factory=dict, repr=False, init=False)
 
     @classmethod
     def from_tensors(cls, name, tensors, *, shape, group_size, block_rows, plane_words=None) -> PackedMatrix:
@@ -74,6 +75,23 @@ class PackedMatrix:
         check_tensors(name, tensors, shape, group_size, block_rows, plane_words)
         stored = (tensors[key] for key in TENSORS)
         return cls(*stored, tensors.get("bias"), tuple(shape), group_size, block_rows)
+
+    def __getstate__(self):
+        return {**self.__dict__, "cache": {}}
+
+    def derived(self) -> dict:
+        """Return the cache, without what was derived from a tensor that was replaced or changed in place since.
+
+        Inference tensors do not count their changes, and changes through ``.data`` are not counted: clear the cache
+        after those.
+        """
+        self.cache = current_cache(self.cache, tuple(getattr(self, key) for key in TENSORS))
+        return self.cache
+
+    def source(self) -> tuple[tuple[torch.Tensor, ...], int | None]:
+        """Return (stored tensors, how often all of them were changed in place or None if some do not count it)."""
+        tensors = tuple(getattr(self, key) for key in TENSORS)
+        return tensors, None if any(t.is_inference() for t in tensors) else sum(t._version for t in tensors)
 
     @property
     def grid(self) -> BlockGrid:
@@ -159,10 +177,11 @@ class PackedMatrix:
         alpha times an integer of at most 9 bits is exact in float32, so a weight carries one rounding: adding
         beta.
         """
-        if "dequantize" not in self.cache:
+        cache = self.derived()
+        if "dequantize" not in cache:
             with torch.inference_mode(False):
-                self.cache["dequantize"] = _inverse(self.row_perm), _inverse(self.col_perm), self._levels().T
-        inverse_row, inverse_col, levels = self.cache["dequantize"]
+                cache["dequantize"] = _inverse(self.row_perm), _inverse(self.col_perm), self._levels().T
+        inverse_row, inverse_col, levels = cache["dequantize"]
         rows, columns = self.shape
         codes, alpha, beta = self._codes()[:rows], self.alpha.T.float(), self.beta.T.float()
         if inverse_row is not None:  # rows move as bytes, before they become floats
@@ -183,6 +202,29 @@ class PackedMatrix:
         """2^b − 1 of each group and row, float32 [groups, N]."""
         levels = torch.exp2(self.block_bits.float()) - 1
         return levels.repeat_interleave(self.block_rows, dim=1)[:, : self.shape[0]]
+
+
+def current_cache(cache: dict, tensors: tuple[torch.Tensor, ...]) -> dict:
+    """Return the cache if it was filled from these tensors as they are now; else without what was derived.
+
+    Changed tensors empty the cache, for all who share it. Other tensors get a cache of their own. What was asked for
+    ("keep") stays.
+    """
+    now = tuple(map(version, tensors))
+    before, versions = cache.get("source", (tensors, now))
+    same = all(map(operator.is_, before, tensors))
+    if not same or versions != now:
+        asked = {key: cache[key] for key in ("keep",) if key in cache}
+        cache = cache if same else {}
+        cache.clear()
+        cache.update(asked)
+    cache["source"] = tensors, now
+    return cache
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; 0 for inference tensors, which do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _half_ulp(half: torch.Tensor) -> torch.Tensor:

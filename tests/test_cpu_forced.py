@@ -9,7 +9,7 @@ import torch
 from cases import packed_case
 
 import kernels_numba
-from kernels_numba.cpu import launch, product, targets
+from kernels_numba.cpu import launch, product, targets, threads
 from sfmp.linear import SFMPLinear
 from sfmp.spec import SfmpError
 
@@ -98,6 +98,8 @@ def test_thread_counts_give_identical_bits(target):
     try:
         for count in (1, 2, 1):
             torch.set_num_threads(count)
+            if threads.count() != count:
+                pytest.skip(f"needs {count} threads, Numba has {threads.count()} here")
             _multiply(-x, packed)  # so that the tables are built again
             found.append(_multiply(x, packed))
     finally:

@@ -3,7 +3,8 @@
 Files, from the bottom: `records` (sizes), `targets` (what this machine can do), `simd`, `halves`, `x86`, `neon` and
 `native` (instructions by name), `tables` (activations → tables), `lut`, `lut_lanes` and `signs` (tiles × tables, by
 what look-ups there are), `block` (one of them for Numba), `arena` and `layout` (PackedMatrix → tiles), `drive` and
-`threads` (threads), `panel` (many tokens), `launch` and `tune` (what was measured), `product` (torch operator).
+`threads` (threads), `panel` (many tokens), `launch` and `tune` (what was measured), `product` and
+`gradient` (torch operator), `plain` (when it can be left out).
 Importing this package loads neither torch nor numba.
 """
 

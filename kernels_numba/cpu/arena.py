@@ -1,7 +1,8 @@
-"""Memory of the kernels: 2-MB aligned mappings on huge pages, shared by all matrices of a model.
+"""Memory of the kernels: 2-MB aligned mappings on huge pages, shared by all matrices of the process.
 
 Pieces are cut off the front of a mapping one after the other, so the matrices of a model that are repacked together lie
-together. Pages take memory when they are first written; a mapping goes back to the system when its last piece is gone.
+together. An image is a second copy of the planes: the stored tensors stay, for saving and for other backends. Pages
+take memory when they are first written; a mapping goes back to the system when its last piece is gone.
 
 Source: CPU.md section 6 (huge pages are worth 3–5 % of a GEMV, 5–20 % of pure reading).
 """

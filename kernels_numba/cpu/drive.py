@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from pathlib import Path
 
 from numba import cfunc, njit, prange, types
@@ -62,6 +63,8 @@ RANGES = 32  # first of the words that count the strips taken from each thread's
 JOB_BYTES = 8 * (RANGES + MAX_THREADS)
 BUILD_UNIT = 4  # tile columns
 LANES = 16
+SOURCES = ("simd", "halves", "x86", "neon", "native", "records", "tables", "lut", "lut_lanes", "signs", "block",
+           "panel", "layout", "targets", "threads", "drive")  # what machine code is written from
 
 
 @njit(error_model="numpy")
@@ -74,10 +77,20 @@ def _row_bytes(columns):
 def source_hash() -> str:
     """Hash of what machine code is written from: Numba's cache knows only the file of the cached function itself."""
     folder = Path(__file__).parent
-    names = ("simd", "halves", "x86", "neon", "native", "records", "tables", "lut", "lut_lanes", "signs",
-             "block", "panel", "layout")
-    sources = [(folder / f"{name}.py").read_bytes() for name in names]
+    sources = [(folder / f"{name}.py").read_bytes() for name in SOURCES]
     return hashlib.sha256(b"".join([*sources, repr(launch.prefetch()).encode()])).hexdigest()
+
+
+def compiled(decorator, function, *signature, **options):
+    """``decorator(*signature, cache=True, **options)(function)``; not cached if Numba finds no folder to write to."""
+    try:
+        return decorator(*signature, cache=True, **options)(function)
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        warnings.warn("Numba finds no folder for compiled code, so every process compiles again; set "
+                      "NUMBA_CACHE_DIR to a folder that can be written", RuntimeWarning, stacklevel=2)
+        return decorator(*signature, **options)(function)
 
 
 @functools.cache
@@ -89,7 +102,6 @@ def worker(target: str, mode: str, tile_columns: int, together: int) -> int:
     version, record = source_hash(), table_bytes(tile_columns, mode)
     tile_base, tile_plane = tile_bytes(tile_columns, 0), tile_bytes(tile_columns, 1) - tile_bytes(tile_columns, 0)
 
-    @cfunc(types.void(types.int64), cache=True, error_model="numpy")
     def work(address):
         version  # noqa: B018 - a cell of the closure is part of the cache key
         job = longs(address)
@@ -143,7 +155,7 @@ def worker(target: str, mode: str, tile_columns: int, together: int) -> int:
                 for token in range(tokens):
                     _finish(job, image, token, sums + token * sum_step, first * TILE_ROWS, count * TILE_ROWS)
 
-    return work.address
+    return compiled(cfunc, work, types.void(types.int64), error_model="numpy").address
 
 
 @njit(error_model="numpy")
@@ -184,7 +196,6 @@ def runner():
     """Compiled ``run``: 0 if y was written, −1 if the activations have no tables, else the bytes the job must have."""
     version = source_hash()
 
-    @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
     def run(job_address, threads, work, mode, record, together, image_address, x, x_kind, y, y_kind, bias, bias_kind,
             tokens):
         version  # noqa: B018 - a cell of the closure is part of the cache key
@@ -214,4 +225,4 @@ def runner():
             return -1
         return 0
 
-    return run
+    return compiled(njit, run, parallel=True, nogil=True, error_model="numpy")

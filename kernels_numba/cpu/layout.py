@@ -14,8 +14,8 @@ Source: CPU.md section 5.
 
 from __future__ import annotations
 
+import hashlib
 import os
-import zlib
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def make_image(packed, threads: int | None = None) -> np.ndarray:
     header = np.zeros(HEADER, np.int64)
     header[[ROWS, COLUMNS, TILE_COLUMNS, COLUMN_TILES]] = *packed.shape, tile_columns, column_tiles
     header[[STRIPS, ROW_TILES]] = len(strips), len(tile_rows) // TILE_ROWS
-    header[COLUMN_KEY] = zlib.crc32(column_map.tobytes()) << 16 | tile_columns
+    header[COLUMN_KEY] = column_key(column_map, packed.shape[1], tile_columns)
     widths = tile_bytes(tile_columns, strip_bits.astype(np.int64)) * strips[:, 1:2]  # bytes of a strip's tile column
     table = np.concatenate([strips, np.zeros((len(strips), 1), np.int64)], axis=1)
     parts, size = {STRIP_TABLE: table, BITS: np.ascontiguousarray(strip_bits), ROW_MAP: row_map.astype(np.int32),
@@ -68,6 +68,13 @@ def make_image(packed, threads: int | None = None) -> np.ndarray:
     first = table[:, 2:] + np.cumsum(widths, axis=1) - widths  # first byte of a strip's tile column
     _write_tiles(image, packed, tile_columns, strips, first, tile_rows)
     return image
+
+
+def column_key(column_map: np.ndarray, columns: int, tile_columns: int) -> int:
+    """What tables of activations are kept for: a 64-bit hash of the order of the columns and how they are cut."""
+    key = hashlib.blake2b(np.array([columns, tile_columns], np.int64).tobytes(), digest_size=8)
+    key.update(column_map.tobytes())
+    return int.from_bytes(key.digest(), "little", signed=True)
 
 
 def _aligned(size: int) -> int:

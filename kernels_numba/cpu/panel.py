@@ -17,9 +17,9 @@ from numba import cfunc, njit, prange, types
 from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
-from kernels_numba.cpu import targets
+from kernels_numba.cpu import targets, threads
 from kernels_numba.cpu.block import MAX_BITS
-from kernels_numba.cpu.drive import source_hash
+from kernels_numba.cpu.drive import compiled, source_hash
 from kernels_numba.cpu.layout import (
     BITS,
     COLUMN_MAP,
@@ -103,7 +103,6 @@ def stage(tile_columns: int, element_bytes: int):
     tile_base, tile_plane = tile_bytes(tile_columns, 0), tile_bytes(tile_columns, 1) - tile_bytes(tile_columns, 0)
     width_bytes = tile_columns * element_bytes
 
-    @cfunc(types.void(types.int64), cache=True, error_model="numpy")
     def dequantize_strips(address):
         version  # noqa: B018 - a cell of the closure is part of the cache key
         job = longs(address)
@@ -129,7 +128,7 @@ def stage(tile_columns: int, element_bytes: int):
                                 target + column * width_bytes, row_step)
                 tiles += count * size
 
-    return dequantize_strips.address
+    return compiled(cfunc, dequantize_strips, types.void(types.int64), error_model="numpy").address
 
 
 @functools.cache
@@ -137,7 +136,6 @@ def runner():
     """Compiled ``fill(stage, job, threads)``."""
     version = source_hash()
 
-    @njit(parallel=True, nogil=True, cache=True)
     def fill(stage, job, threads):
         version  # noqa: B018 - a cell of the closure is part of the cache key
         if threads > 1:
@@ -146,7 +144,7 @@ def runner():
         else:
             call_stage(stage, job)
 
-    return fill
+    return threads.guarded(compiled(njit, fill, parallel=True, nogil=True))
 
 
 def multiply(x, image: np.ndarray, bias, threads: int, rounded: bool, scratch):

@@ -11,19 +11,24 @@ dequantized weight by torch, so the result has its NaN and infinities where torc
 from __future__ import annotations
 
 import functools
+import math
 import threading
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels_numba.cpu import arena, drive, launch, layout, panel, targets, threads
+from kernels_numba.cpu.gradient import Product
 from kernels_numba.cpu.native import BFLOAT16, FLOAT16, FLOAT32
+from kernels_numba.cpu.plain import dispatch_modes, forward, function_modes, tracing, transform
 from kernels_numba.cpu.records import MODES, TOKENS, table_bytes
 from sfmp.checks import SfmpError
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 RUN_TOKENS = 64  # bounds the memory of the tables
 _FIRST_JOB = 1 << 20
+_STRIDED = torch.strided
 
 _library = torch.library.Library("sfmp", "DEF")
 _library.define("cpu_linear(Tensor x, Tensor image, Tensor? bias, SymInt rows, int tile_columns, str target, str mode) "
@@ -34,33 +39,39 @@ _local = threading.local()
 def matmul(x, packed, mode: str | None = None):
     """Return x Wᵀ + bias; see `kernels_numba.matmul`.
 
-    The first call with a matrix repacks its planes and keeps them in ``packed.cache``.
+    The first call with a matrix repacks its planes and keeps them in ``packed.cache``, beside the stored tensors.
 
     Raises
     ------
     SfmpError
-        Wrong shape or dtype of x, x or the weight not on the CPU, no kernels for this processor or mode.
+        Wrong shape or dtype of x, wrong size of the bias, x, bias or weight not on the CPU, no kernels for this
+        processor or mode.
     """
     if isinstance(x, np.ndarray):
-        if x.dtype.kind != "f":
-            raise _wrong_x(x, packed)
         return matmul(torch.from_numpy(np.require(x, requirements="CW")), packed, mode).numpy()
     columns = packed.shape[1]
+    if x.layout != torch.strided:
+        raise SfmpError(f"x: expected a dense tensor, found {x.layout}; use x.to_dense()")
     if x.ndim == 0 or x.shape[-1] != columns or x.dtype not in (*KINDS, torch.float64):
-        raise _wrong_x(x, packed)
+        raise SfmpError(f"x: expected floating [..., {columns}], found {x.dtype} {list(x.shape)}; check in_features")
     for name, tensor in (("x", x), ("packed", packed)):
         if tensor.device.type != "cpu":
             raise SfmpError(f"{name}: expected device cpu for backend cpu, found {tensor.device}; move it or "
                             "choose another backend")
-    if x.requires_grad and torch.is_grad_enabled():
-        return _Product.apply(x, packed, mode)
+    if _needs_gradient(x, packed.bias) or forward._current_level >= 0:
+        return Product.apply(x, packed.bias, packed, functools.partial(_without_gradient, mode=mode))
+    return _without_gradient(x, packed.bias, packed, mode)
+
+
+def _without_gradient(x, bias, packed, mode):
     wide = x.float() if x.dtype == torch.float64 else x
-    return weight(packed).multiply(wide, packed.bias, choose_mode(mode)).to(x.dtype)
+    used, mode = weight(packed), choose_mode(mode)
+    multiply = used.dispatch if torch.compiler.is_compiling() else used.multiply
+    return multiply(wide, bias, mode).to(x.dtype)
 
 
-def _wrong_x(x, packed):
-    return SfmpError(f"x: expected floating [..., {packed.shape[1]}], found {x.dtype} {list(x.shape)}; check "
-                     "in_features")
+def _needs_gradient(x, bias) -> bool:
+    return (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled()
 
 
 class Weight:
@@ -79,11 +90,17 @@ class Weight:
         self.target, self._address = target, image.data_ptr()
         self._ready: dict = {}  # mode → what a product of one token is called with
         self._shapes = {size: (1,) * (size - 1) + (rows,) for size in range(1, 5)}  # of y for one token
+        self._bias = None, None, None, None  # see _check
 
-    def takes(self, x) -> bool:
-        """Whether `multiply` may be called: a CPU tensor of a kind the kernels read, that needs no gradient."""
-        return (x.is_cpu and x.dtype in KINDS and x.shape[-1] == self.columns
-                and not (x.requires_grad and torch.is_grad_enabled()))
+    def __reduce__(self):
+        return Weight, (self.image, self.rows, self.columns, self.tile_columns, self.target)  # addresses are not copied
+
+    def takes(self, x, bias) -> bool:
+        """Whether `multiply` may be called: a dense CPU tensor of a kind the kernels read, and no gradient."""
+        return (isinstance(x, torch.Tensor) and x.is_cpu and x.dtype in KINDS and x.layout is _STRIDED
+                and x.dim() != 0 and x.shape[-1] == self.columns
+                and forward._current_level < 0
+                and not ((x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled()))
 
     def multiply(self, x, bias, mode: str):
         """Return x Wᵀ + bias; mode as `choose_mode` gives it.
@@ -93,14 +110,33 @@ class Weight:
         """
         shape, job = self._shapes.get(x.dim()), getattr(_local, "address", None)
         if (shape and job and x.numel() == self.columns and type(x) is torch.Tensor and x.is_contiguous()
-                and not torch.compiler.is_compiling()):
-            run, fixed = self._ready.get(mode) or self._prepare(mode)
-            kind, y = KINDS[x.dtype], x.new_empty(shape)
-            bias_at, bias_kind = (0, 0) if bias is None else (bias.data_ptr(), KINDS.get(bias.dtype))
-            if bias_kind is not None and run(job, threads.count(), *fixed, x.data_ptr(), kind, y.data_ptr(), kind,
-                                             bias_at, bias_kind, 1) == 0:
-                return y
+                and not (x.is_neg() or dispatch_modes() or function_modes()) and transform() is None
+                and tracing() is None):
+            bias_at = bias_kind = 0
+            if bias is not None:
+                bias_at, known = bias.data_ptr(), self._bias
+                if bias is not known[0] or bias_at != known[1] or bias.dtype is not known[2]:
+                    known = self._check(bias)
+                bias_kind = known[3]
+            if bias_kind is not None:
+                run, fixed = self._ready.get(mode) or self._prepare(mode)
+                kind, y = KINDS[x.dtype], x.new_empty(*shape)  # a tuple would take torch longer to read
+                if run(job, threads.count(), *fixed, x.data_ptr(), kind, y.data_ptr(), kind, bias_at, bias_kind,
+                       1) == 0:
+                    return y
+        return self.dispatch(x, bias, mode)
+
+    def dispatch(self, x, bias, mode: str):
+        """`multiply` by torch's operator."""
         return _operator(x, self.image, bias, self.rows, self.tile_columns, self.target, mode)
+
+    def _check(self, bias) -> tuple:
+        """(bias, address, dtype, kind or None): None if it cannot be read at its address; kept for the next call."""
+        data = bias.detach()  # of a parameter too
+        fine = (data.is_cpu and data.layout is _STRIDED and data.numel() == self.rows and type(data) is torch.Tensor
+                and data.is_contiguous() and not data.is_neg())
+        self._bias = bias, bias.data_ptr(), bias.dtype, KINDS.get(bias.dtype) if fine else None
+        return self._bias
 
     def _prepare(self, mode):
         run, fixed = _kernels(self.target, mode, self.tile_columns, 1)
@@ -109,8 +145,9 @@ class Weight:
 
 
 def weight(packed) -> Weight:
-    """The repacked weight, made at the first call and kept in ``packed.cache``."""
-    found, target = packed.cache.get("cpu"), targets.detect()[0]
+    """The repacked weight, kept in ``packed.cache`` from the first call on: as many bytes again as the planes take."""
+    cache, target = packed.derived(), targets.detect()[0]
+    found = cache.get("cpu")
     if found is None or found.target != target:
         if found is None:
             with torch.inference_mode(False):
@@ -118,7 +155,7 @@ def weight(packed) -> Weight:
         else:
             image = found.image  # the same for all targets
         found = Weight(image, *packed.shape, int(np.gcd(packed.group_size, 128)), target)
-        packed.cache["cpu"] = found
+        cache["cpu"] = found
     return found
 
 
@@ -133,28 +170,14 @@ def choose_mode(mode: str | None) -> str:
     return mode or modes[0]
 
 
-class _Product(torch.autograd.Function):
-    """The product with a gradient for x; the weight is quantized and has none."""
-
-    @staticmethod
-    def forward(ctx, x, packed, mode):
-        ctx.packed = packed
-        return matmul(x.detach(), packed, mode)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (grad.float() @ ctx.packed.dequantize()).to(grad.dtype), None, None
-
-
 @functools.cache
 def _kernels(target: str, mode: str, columns: int, together: int):
     """`run` and its arguments that target and mode fix: compiled, or from Numba's cache."""
     if mode not in targets.MODES.get(target, ()):
         choose_mode(mode)  # raises: the target was changed after the mode was chosen
-    threads.choose_layer()
     worker = drive.worker(target, mode, columns, together)
     kind = list(targets.MODES).index(target) * len(MODES) + MODES.index(mode)  # of the tables that are kept
-    return drive.runner(), (worker, kind, table_bytes(columns, mode), together)
+    return threads.guarded(drive.runner()), (worker, kind, table_bytes(columns, mode), together)
 
 
 def _job(size: int) -> int:
@@ -176,12 +199,14 @@ def _panel_memory(size: int) -> np.ndarray:
 
 
 def through_tables(x, image, bias, rows: int, tile_columns: int, target: str, mode: str, together: int | None = None):
-    """Return x Wᵀ + bias by look-ups; `together` tokens share a pass, by the launch table if None."""
+    """Return x Wᵀ + bias by look-ups; `together` tokens share a pass, by the launch table if None.
+
+    x and bias are contiguous and of `KINDS`, the bias has `rows` elements.
+    """
     shape, kind = x.shape, KINDS[x.dtype]
     y = x.new_empty(shape[:-1] + (rows,))
     bias_at = bias_kind = 0
     if bias is not None:
-        bias = (bias.float() if bias.dtype not in KINDS else bias).contiguous()
         bias_at, bias_kind = bias.data_ptr(), KINDS[bias.dtype]
     weight, x_at, y_at, count, job = image.data_ptr(), x.data_ptr(), y.data_ptr(), threads.count(), _job(0)
     left = x.numel() // shape[-1]
@@ -210,12 +235,24 @@ def _portion(left: int, target: str, mode: str) -> tuple[int, int]:
 
 def through_panels(x, image, bias, rounded: bool):
     """Return x Wᵀ + bias by dequantizing panels; rounded to bfloat16 if that is asked for and fast here."""
+    threads.prepare_torch()
     y = panel.multiply(x.reshape(-1, x.shape[-1]), image.numpy(), bias, threads.count(), rounded, _panel_memory)
     return y.view(*x.shape[:-1], -1)
 
 
+def _readable(bias, rows, device):
+    """The bias as the kernels read it: contiguous, of a dtype they know."""
+    if bias is None:
+        return None
+    if bias.device != device:
+        raise SfmpError(f"bias: expected device {device} like x, found {bias.device}; move it")
+    if bias.numel() != rows or bias.layout != torch.strided:
+        raise SfmpError(f"bias: expected a dense [{rows}], found {bias.layout} {list(bias.shape)}; check out_features")
+    return (bias if bias.dtype in KINDS else bias.float()).reshape(-1).contiguous()
+
+
 def _cpu_linear(x, image, bias, rows, tile_columns, target, mode):
-    x = x.contiguous()
+    x, bias = x.contiguous(), _readable(bias, rows, x.device)
     tokens = x.numel() // x.shape[-1]
     if tokens >= launch.least_crossover(target, mode) and tokens >= launch.crossover(
             target, mode, layout.mean_bits(image.numpy())):
@@ -229,4 +266,26 @@ _operator = torch.ops.sfmp.cpu_linear.default
 
 @torch.library.register_fake("sfmp::cpu_linear", lib=_library)
 def _fake_linear(x, image, bias, rows, tile_columns, target, mode):
+    _readable(bias, rows, x.device)
     return x.new_empty((*x.shape[:-1], rows))
+
+
+@register_flop_formula(torch.ops.sfmp.cpu_linear)
+def _flops(x, image, bias, rows, *_, **__):
+    """What ``torch.utils.flop_counter`` counts, from the shapes: as for the dequantized weight."""
+    return 2 * math.prod(x) * rows
+
+
+@torch.library.register_vmap("sfmp::cpu_linear", lib=_library)
+def _batched_linear(info, where, x, image, bias, *rest):
+    """One product for the whole batch, whose dimension becomes the first of x."""
+    if where[1] is not None:
+        raise SfmpError("image: expected one weight for the whole batch, found a batch of weights; loop over them")
+    if where[0] is None:
+        x = x.expand(info.batch_size, *x.shape)
+    else:
+        x = x.movedim(where[0], 0)
+    if where[2] is None:
+        return _operator(x, image, bias, *rest), 0
+    y, bias = _operator(x, image, None, *rest), bias.movedim(where[2], 0)
+    return y + bias.view(len(bias), *[1] * (y.dim() - 2), -1).to(y.dtype), 0

@@ -4,8 +4,9 @@ The work is per token and tile column: the columns of one tile, 32, 64 or 128. I
 column, largest |entry| / (127 or 32700), so an outlier costs precision only in its own columns.
 
 Activations that are not finite, or so large that a sum of the tile column may overflow, cannot be quantized: the
-builder reports them and the caller multiplies with the dequantized weight instead, so they propagate as in torch. A
-tile column whose |x| sums stay below 2^-100 counts as zero in the modes with integer entries.
+builder reports them and the caller multiplies with the dequantized weight instead, so they propagate as in torch. In
+the modes with integer entries, a tile column whose |x| sums stay below 2^-100 gets tables of zeros: its look-ups add
+nothing, while Σ x · beta stays.
 
 Source: CPU.md section 5 (table build).
 """

@@ -7,7 +7,8 @@ its kernels. A forced target uses its own kernels; around them the compiler stil
 avx512_vbmi  AVX-512 with VBMI and VNNI: Ice Lake, Sapphire Rapids, Zen 4 and later
 avx512f      AVX-512F with BW: Skylake-X, Cascade Lake
 avx2         AVX2 with FMA and F16C: Haswell, Zen and later
-neon         aarch64 with dot products; compiled and compared in an emulator, untested on hardware
+neon         aarch64 with dot products; untested on hardware: its code is compiled everywhere, and run against that of
+             the others where an emulator (qemu) is installed
 generic      whatever LLVM compiles for: float tables, read one entry at a time
 """
 
