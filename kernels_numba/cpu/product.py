@@ -16,6 +16,7 @@ import threading
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels_numba.cpu import arena, drive, launch, layout, panel, targets, threads
@@ -97,9 +98,8 @@ class Weight:
 
     def takes(self, x, bias) -> bool:
         """Whether `multiply` may be called: a dense CPU tensor of a kind the kernels read, and no gradient."""
-        return (isinstance(x, torch.Tensor) and x.is_cpu and x.dtype in KINDS and x.layout is _STRIDED
-                and x.dim() != 0 and x.shape[-1] == self.columns
-                and forward._current_level < 0
+        return (isinstance(x, Tensor) and x.is_cpu and x.dtype in KINDS and x.layout is _STRIDED
+                and x.dim() != 0 and x.shape[-1] == self.columns and forward._current_level < 0
                 and not ((x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled()))
 
     def multiply(self, x, bias, mode: str):
@@ -109,7 +109,7 @@ class Weight:
         products that fill the caches with weights, each step of Python costs several times what it costs alone.
         """
         shape, job = self._shapes.get(x.dim()), getattr(_local, "address", None)
-        if (shape and job and x.numel() == self.columns and type(x) is torch.Tensor and x.is_contiguous()
+        if (shape and job and x.numel() == self.columns and type(x) is Tensor and x.is_contiguous()
                 and not (x.is_neg() or dispatch_modes() or function_modes()) and transform() is None
                 and tracing() is None):
             bias_at = bias_kind = 0
@@ -133,7 +133,7 @@ class Weight:
     def _check(self, bias) -> tuple:
         """(bias, address, dtype, kind or None): None if it cannot be read at its address; kept for the next call."""
         data = bias.detach()  # of a parameter too
-        fine = (data.is_cpu and data.layout is _STRIDED and data.numel() == self.rows and type(data) is torch.Tensor
+        fine = (data.is_cpu and data.layout is _STRIDED and data.numel() == self.rows and type(data) is Tensor
                 and data.is_contiguous() and not data.is_neg())
         self._bias = bias, bias.data_ptr(), bias.dtype, KINDS.get(bias.dtype) if fine else None
         return self._bias
