@@ -19,7 +19,11 @@ def small(monkeypatch):
     monkeypatch.setattr(timing, "COPIES_BYTES", 1 << 15)
     monkeypatch.setattr(timing, "SWEEP_BYTES", 1 << 16)
     monkeypatch.setattr(cpu, "BITS", (2, 3))
+    threads = torch.get_num_threads()
     monkeypatch.setattr(cpu_peers, "importable", lambda name: False)
+    monkeypatch.setattr(cpu.os, "sched_setaffinity", lambda *_: None)  # this process has other tests to run
+    yield
+    torch.set_num_threads(threads)
 
 
 CPUS = [0]

@@ -46,7 +46,7 @@ def best_prefetch(rows: int, columns: int, mode: str) -> dict:
     """Return {"bytes", "locality"} with which weights from memory are multiplied fastest."""
     packed = [_random(rows, columns, width) for width in (2, 4)]
     copies = COLD // sum(part.nbytes for part in packed) + 1
-    weights = [product.weight(dataclasses.replace(part, cache={})) for part in packed for _ in range(copies)]
+    weights = [product.weight(dataclasses.replace(part)) for part in packed for _ in range(copies)]
     kept = launch.table()["prefetch"]
     try:
         functions = [_with_prefetch(choice, weights, torch.randn(1, columns), mode) for choice in PREFETCHES]
