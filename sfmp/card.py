@@ -1,74 +1,172 @@
-"""The model card (README.md) written beside a quantized checkpoint, computed from the model alone."""
+"""The model card (README.md) of a quantized checkpoint, from the model or the folder alone; results if given."""
 
 from __future__ import annotations
 
+import math
+import numbers
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sfmp.checks import SfmpError, write_atomically
 
 _SFMP = "search-free fine-grained mixed precision (arXiv 2602.01027)"
 _BITSTACK = "BitStack: levels of sign bits times a product of low rank (arXiv 2410.23918)"
+_LOAD = ["```python", "import sfmp", "from transformers import AutoModelForCausalLM", "",
+         'model = AutoModelForCausalLM.from_pretrained("this folder")', "```", ""]
 
 
-def model_card(model) -> str:
-    """Return the card: YAML front matter that the Hub reads, what was quantized and how, and how to load it.
+def model_card(model, results: Sequence[Mapping] = ()) -> str:
+    """Return the card: YAML front matter that the Hub reads, what was quantized and how, results, and how to load it.
+
+    Parameters
+    ----------
+    model : module quantized by this package
+    results : sequence of mappings, optional
+        See `checked_results`.
 
     Raises
     ------
     SfmpError
-        The model was not quantized by sfmp.
+        The model was not quantized by sfmp, or a result is malformed.
     """
     from sfmp.baselines.bitstack_hf import BitStackConfig
-    from sfmp.hf import SFMPConfig
+    from sfmp.hf import SFMPConfig, quantized_layers
 
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if isinstance(config, SFMPConfig):
-        method, tags, how = "SFMP", ("sfmp", "quantized", "mixed-precision"), _SFMP
-        weights, tables = _sfmp(model, config)
-    elif isinstance(config, BitStackConfig):
-        method, tags, how = "BitStack", ("bitstack", "quantized"), _BITSTACK
+        packed = {name: layer.packed for name, layer in quantized_layers(model).items()}
+        return _sfmp_card(packed, vars(config), results)
+    if isinstance(config, BitStackConfig):
         weights, tables = _bitstack(model, config)
-    else:
-        raise SfmpError("model: expected one quantized by sfmp, found no SFMPConfig; call quantize_model "
-                        "first")
-    source = config.source.get("model")
-    on_hub = bool(source and re.fullmatch(r"[\w.-]+/[\w.-]+", source))
-    front = ["---", *([f"base_model: {source}"] if on_hub else []), "base_model_relation: quantized",
-             "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags),
-             "---"]
-    revision = f" (revision {config.source['revision']})" if config.source.get("revision") else ""
-    return "\n".join([
-        *front, "", f"# {source or 'A model'}, quantized by {method}", "",
-        f"{len(weights)} matrices with {sum(weights)} weights of {source or 'an unnamed model'}{revision}, "
-        f"quantized by {how}.", "", *tables, "",
-        "```python", "import sfmp", "from transformers import AutoModelForCausalLM", "",
-        'model = AutoModelForCausalLM.from_pretrained("this folder")', "```", ""])
+        return _card("BitStack", ("bitstack", "quantized"), _BITSTACK, config.source, weights, tables, results)
+    raise SfmpError("model: expected one quantized by sfmp, found no SFMPConfig; call quantize_model first")
 
 
-def save_model_card(model, folder) -> Path:
-    """Write the card as README.md into the checkpoint folder, atomically; return its path."""
-    text, path = model_card(model), Path(folder) / "README.md"
+def folder_card(folder, results: Sequence[Mapping] = ()) -> str:
+    """Return the card of a saved checkpoint, read from its small tensors; the model is not loaded.
+
+    Raises SfmpError if the folder is no checkpoint of sfmp, or a result is malformed.
+    """
+    from sfmp.inspection import read_checkpoint
+
+    checkpoint = read_checkpoint(folder)
+    return _sfmp_card(checkpoint.matrices, checkpoint.config, results)
+
+
+def save_model_card(model, folder, results: Sequence[Mapping] = ()) -> Path:
+    """Write the card as README.md into the checkpoint folder, atomically; return its path.
+
+    `model` None stands for the checkpoint in the folder, which is then not loaded.
+    """
+    text = folder_card(folder, results) if model is None else model_card(model, results)
+    path = Path(folder) / "README.md"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
 
 
-def _sfmp(model, config):
-    """Weights of each matrix, and the lines of the tables."""
-    from sfmp.hf import quantized_layers
+def checked_results(results: Sequence[Mapping], where: str = "results") -> list[dict]:
+    """Return results after checking them.
 
-    packed = [layer.packed for layer in quantized_layers(model).values()]
-    weights = [p.shape[0] * p.shape[1] for p in packed]
-    total = sum(weights)
-    mean = {key: sum(getattr(p, key) * count for p, count in zip(packed, weights, strict=True)) / total
+    Parameters
+    ----------
+    results : sequence of mappings
+        ``dataset`` (str), ``metric`` (str), ``value`` (finite number), and optionally ``base`` (the value of the
+        unquantized model) and ``stderr``. Other keys are kept and not shown.
+    where : str
+        Named in the error.
+
+    Raises
+    ------
+    SfmpError
+        A row is none such.
+    """
+    if isinstance(results, str | Mapping) or not isinstance(results, Sequence):
+        raise SfmpError(f"{where}: expected a list of results, found {type(results).__name__}; write one object per "
+                        "result")
+    for number, row in enumerate(results):
+        good = isinstance(row, Mapping) and all(isinstance(row.get(key), str) and row[key] for key in
+                                                ("dataset", "metric")) and _finite(row.get("value"))
+        if not good or not all(row.get(key) is None or _finite(row[key]) for key in ("base", "stderr")):
+            raise SfmpError(f"{where}, result {number}: expected dataset and metric (text), a finite value, and base "
+                            f"or stderr only as finite numbers, found {row!r}; correct it")
+    return [dict(row) for row in results]
+
+
+def _finite(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _card(method, tags, how, source, weights, tables, results):
+    results = [{**row, "dataset": _dataset(row["dataset"])} for row in checked_results(results)]
+    name, revision = source.get("model"), source.get("revision")
+    on_hub = bool(name and re.fullmatch(r"[\w.-]+/[\w.-]+", name))
+    title = f"{name or 'A model'}, quantized by {method}"
+    front = ["---", *([f"base_model: {name}"] if on_hub else []), "base_model_relation: quantized",
+             "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags),
+             *_index(title, results), "---"]
+    return "\n".join([
+        *front, "", f"# {title}", "",
+        f"{len(weights)} matrices with {sum(weights)} weights of {name or 'an unnamed model'}"
+        f"{f' (revision {revision})' if revision else ''}, quantized by {how}.", "",
+        *_results_table(results), *tables, "", *_LOAD])
+
+
+def _dataset(name):
+    """What a reader elsewhere can make sense of: of a local file only its last component."""
+    return name if name.startswith(("python:", "hub:")) else Path(name).name
+
+
+def _index(title, results):
+    """The Hub's ``model-index`` of the results, as lines of YAML."""
+    if not results:
+        return []
+    import yaml
+
+    rows = [{"task": {"type": "text-generation"},
+             "dataset": {"name": row["dataset"], "type": row["dataset"].removeprefix("hub:").split(":")[0]},
+             "metrics": [{"type": row["metric"], "value": float(row["value"])}]} for row in results]
+    entry = {"model-index": [{"name": title, "results": rows}]}
+    return yaml.safe_dump(entry, sort_keys=False, allow_unicode=True).splitlines()
+
+
+def _results_table(results):
+    if not results:
+        return []
+    based = any(row.get("base") is not None for row in results)
+    lines = ["| dataset | metric | value |" + (" unquantized |" if based else ""), "|---|---|---|" + "---|" * based]
+    for row in results:
+        error = f" ± {row['stderr']:.4f}" if row.get("stderr") is not None else ""
+        base = "" if row.get("base") is None else f"{row['base']:.4f}"
+        lines.append(f"| {row['dataset']} | {row['metric']} | {row['value']:.4f}{error} |" + f" {base} |" * based)
+    return [*lines, ""]
+
+
+def _sfmp_card(matrices, config, results):
+    """The card of PackedMatrix or StoredMatrix by name, and the fields of SFMPConfig."""
+    sizes = {name: matrix.shape[0] * matrix.shape[1] for name, matrix in matrices.items()}
+    total = sum(sizes.values())
+    mean = {key: sum(getattr(matrices[name], key) * size for name, size in sizes.items()) / total
             for key in ("wbits", "bpw", "bpw_stored")}
-    return weights, [
+    tables = [
         "| | bits per weight |", "|---|---|",
         f"| codes | {mean['wbits']:.4f} |", f"| codes, scales and offsets (bpw) | {mean['bpw']:.4f} |",
         f"| all stored bytes of the matrices (bpw_stored) | {mean['bpw_stored']:.4f} |", "",
-        "| specification | |", "|---|---|", *(f"| {key} | {value} |" for key, value in config.spec.items()),
-        f"| plan | `{config.plan_hash}` |", "",
-        "| bit-width | share of the weights |", "|---|---|", *_shares(packed, total)]
+        "| specification | |", "|---|---|", *(f"| {key} | {value} |" for key, value in config["spec"].items()),
+        f"| plan | `{config['plan_hash']}` |", "",
+        "| bit-width | share of the weights |", "|---|---|", *_shares(matrices.values(), total), "",
+        "Mean code bits by layer and projection:", "", *_plan_summary(matrices)]
+    return _card("SFMP", ("sfmp", "quantized", "mixed-precision"), _SFMP, config["source"] or {}, list(sizes.values()),
+                 tables, results)
+
+
+def _plan_summary(matrices):
+    from sfmp.inspection import bits_by_layer_table, bits_frame
+
+    table = bits_by_layer_table(bits_frame(matrices))
+    cells = (["" if math.isnan(value) else f"{value:.2f}" for value in row] for row in table.to_numpy())
+    return [f"| layer | {' | '.join(table.columns)} |", "|---" * (1 + len(table.columns)) + "|",
+            *(f"| {layer} | {' | '.join(row)} |" for layer, row in zip(table.index, cells, strict=True))]
 
 
 def _bitstack(model, config):
@@ -89,9 +187,12 @@ def _bitstack(model, config):
 
 
 def _shares(matrices, total):
+    import numpy as np
+
     counts: dict[int, int] = {}
-    for packed in matrices:
-        bits, weights = packed.block_bits.cpu().numpy().T, packed.grid.weights
+    for matrix in matrices:
+        bits = matrix.block_bits
+        bits = (bits.cpu().numpy() if hasattr(bits, "cpu") else np.asarray(bits)).T
         for width in sorted(set(bits.ravel().tolist())):
-            counts[width] = counts.get(width, 0) + int(weights[bits == width].sum())
+            counts[width] = counts.get(width, 0) + int(matrix.grid.weights[bits == width].sum())
     return [f"| {width} | {100 * counts[width] / total:.2f} % |" for width in sorted(counts)]

@@ -1,0 +1,360 @@
+"""The command line: what it prints, writes and returns, on the smallest models."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from sfmp import cli, spec
+from sfmp.checks import SfmpError
+
+ROOT = Path(__file__).resolve().parents[1]
+BARS = ["--block-rows", "64", "--windows", "2", "--seqlen", "64", "--device", "cpu"]
+QUICK = [*BARS, "--quiet"]
+
+
+def command(*arguments, **options):
+    """Run ``python -m sfmp`` in a new process."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "-m", "sfmp", *map(str, arguments)], capture_output=True, text=True,
+                          env=environment, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def stories(shared_data):
+    return shared_data / "models" / "stories260K"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The embedded model, quantized by the command line: (folder, finished process)."""
+    folder = tmp_path_factory.mktemp("made") / "deep" / "model"
+    return folder, command("quantize", "embedded", folder, "--bpw", "3", "--method", "rtn", *BARS)
+
+
+# ---- starting
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments):
+    code = ("import sys, sfmp.cli\ntry: sfmp.cli.main(sys.argv[1:])\nexcept SystemExit as done: assert done.code == 0\n"
+            "heavy = {'torch', 'numpy', 'transformers', 'numba', 'pandas', 'matplotlib', 'tqdm'} & set(sys.modules)\n"
+            "assert not heavy, heavy\nassert len(sys.modules) < 200, len(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "sfmp" in done.stdout
+
+
+def test_every_command_has_help_with_an_example(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert done.value.code == 0 and "examples:" in text and "exit status:" in text
+    for name in ("quantize", "eval", "generate", "inspect", "convert", "push"):
+        assert re.search(rf"^    {name} ", text, re.M)
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        assert f"example:\n  sfmp {name} " in capsys.readouterr().out
+    assert re.search(r"^    bench ", text, re.M)
+
+
+def test_examples_of_the_help_are_accepted():
+    import shlex
+
+    lines = [shlex.split(line)[1:] for line in cli.EXAMPLES.splitlines() if line.startswith("  sfmp ")]
+    assert len(lines) >= 7
+    for line in lines:
+        if line[0] != "bench":
+            assert cli.parser().parse_args(line).command == line[0]
+
+
+def test_defaults_and_choices_are_those_of_the_specification():
+    options = vars(cli.parser().parse_args(["quantize", "embedded", "out"]))
+    default = spec.QuantSpec()
+    for name in ("bpw", "levels", "group_size", "block_rows", *spec.CHOICES, "skip", "seed"):
+        if name == "shared_columns":  # not offered: an ablation
+            continue
+        assert options[name] == getattr(default, name), name
+    for name in ("method", "objective", "scope", "reorder"):
+        for choice in spec.CHOICES[name]:
+            assert vars(cli.parser().parse_args(["quantize", "m", "o", f"--{name}", choice]))[name] == choice
+        with pytest.raises(SystemExit) as done:
+            cli.parser().parse_args(["quantize", "m", "o", f"--{name}", "other"])
+        assert done.value.code == 2
+
+
+def test_the_entry_point_is_declared():
+    import tomllib
+
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    assert scripts == {"sfmp": "sfmp.cli:main"}
+
+
+def test_bench_is_handed_over(monkeypatch):
+    import sfmp.bench.__main__ as bench
+
+    monkeypatch.setattr(bench, "main", lambda arguments: ("bench", arguments))
+    assert cli.main(["bench", "cpu", "--out", "x.json"]) == ("bench", ["cpu", "--out", "x.json"])
+
+
+# ---- quantize and what follows
+
+
+def test_quantize_says_what_it_made_and_shows_bars(made):
+    folder, done = made
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"bpw 3\.0\d* .*bpw_stored \d", done.stdout) and "(confirmed)" in done.stdout
+    assert str(folder) in done.stdout
+    assert "salience" in done.stderr and "quantize" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= {p.name for p in folder.iterdir()}
+
+
+def test_the_same_command_gives_the_same_bytes(made, tmp_path):
+    assert cli.main(["quantize", "embedded", str(tmp_path / "b"), "--bpw", "3", "--method", "rtn", *BARS]) == 0
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / "b" / name).read_bytes() == (made[0] / name).read_bytes(), name
+
+
+def test_quantize_equals_the_library(stories, tmp_path):
+    from sfmp import data
+    from sfmp.allocate import make_plan
+    from sfmp.apply import quantize_model
+    from sfmp.salience import fisher_salience
+    from sfmp.stages import load_model
+
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a small cat. " * 200, "utf-8")
+    arguments = ["--calibration", str(text), "--bpw", "3.5", "--group-size", "32", "--levels", "auto", *QUICK]
+    assert cli.main(["quantize", str(stories), str(tmp_path / "out"), *arguments]) == 0
+    model, tokenizer = load_model(str(stories))
+    windows = data.calibration_windows(data.load_text(str(text)), tokenizer, 2, 64)
+    chosen = spec.QuantSpec(bpw=3.5, group_size=32, block_rows=64, levels="auto")
+    plan = make_plan(fisher_salience(model, windows), chosen, model)
+    quantize_model(model, plan, windows)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.config.quantization_config.plan_hash == plan.hash
+
+
+def test_inspect(made, capsys, tmp_path):
+    folder, _ = made
+    picture = tmp_path / "bits.png"
+    assert cli.main(["inspect", str(folder), "--picture", str(picture)]) == 0
+    text = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    counted = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    inside = sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items()
+                 if name.rpartition(".")[0] in config["modules"])
+    printed = {part.strip(): int(number.replace(",", "")) for part, number in
+               re.findall(r"^ *([a-z ]+?)  +([\d,]+) bytes$", text, re.M)}
+    assert printed["all tensors"] == counted and printed["quantized matrices"] == inside
+    assert printed["planes"] + printed["scales"] + printed["overhead"] == inside
+    assert config["plan_hash"] in text and "(confirmed)" in text
+    # A cell of the table, computed from the planes: words of a block of b bits are b·(g/32)·rows.
+    name = "model.layers.2.mlp.down_proj"
+    planes, shape = tensors[f"{name}.planes"], config["modules"][name]["shape"]
+    mean = planes.numel() * 32 / (shape[0] * shape[1])
+    header = text.splitlines()[1].split()
+    row = next(line.split() for line in text.splitlines() if line.startswith("2 "))
+    assert float(row[1 + header.index("down")]) == pytest.approx(mean, abs=5e-4)
+    assert cli.main(["inspect", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes"]["all tensors"] == counted and found["plan_hash_confirmed"] is True
+    assert found["bpw"] == pytest.approx(3.0, abs=0.05) and len(found["bits"]) == 42
+    assert found["bpw_stored"] == pytest.approx(8 * inside / found["weights"])
+
+
+def test_inspect_notices_another_plan(made, tmp_path, capsys):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(made[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["plan_hash"] = "0" * 64
+    (folder / "config.json").write_text(json.dumps(config))
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert "NOT that of the tensors" in capsys.readouterr().out
+
+
+def test_eval_prints_and_writes_what_the_library_measures(made, capsys, tmp_path, monkeypatch):
+    from sfmp import data
+    from sfmp.evaluate import perplexity
+    from sfmp.linear import keep_dequantized
+    from sfmp.corpus import Document
+    from sfmp.model_source import load
+
+    documents = [Document("json", Path(json.decoder.__file__).read_text("utf-8"))]
+    target = tmp_path / "results.json"
+    text = str(tmp_path / "text.txt")
+    Path(text).write_text(Path(json.__file__).read_text("utf-8"), "utf-8")
+    arguments = ["--text", text, "--seqlen", "128", "--windows", "4", "--json", str(target)]
+    asked = ["--tasks", "next_line", "--items", "4"]
+    monkeypatch.setattr("sfmp.tasks.stdlib_documents", lambda split: documents)
+    assert cli.main(["eval", str(made[0]), *arguments, *asked, "--device", "cpu"]) == 0
+    results = json.loads(target.read_text())
+    assert [(row["dataset"], row["metric"]) for row in results] == [
+        (text, "perplexity"), ("next_line", "acc"), ("next_line", "acc_norm")]
+    model, tokenizer = load(str(made[0]), device="cpu")
+    windows, _ = data.evaluation_windows(data.load_text(text), tokenizer, 128)
+    with keep_dequantized(model):
+        expected = perplexity(model, windows[:: len(windows) // 4][:4], 128)
+    assert results[0]["value"] == pytest.approx(expected, rel=1e-6) and results[0]["windows"] == 4
+    printed = capsys.readouterr()
+    assert f"perplexity  {expected:.4f}" in printed.out and "perplexity of" in printed.err
+    assert 0 <= results[1]["value"] <= 1 and results[1]["items"] == 4
+
+
+# ---- output folders, errors, exit codes
+
+
+def test_an_existing_output_is_left_alone(made, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    before = (made[0] / "model.safetensors").stat().st_mtime_ns
+    for folder in (tmp_path, made[0]):
+        assert cli.main(["quantize", "embedded", str(folder), *QUICK]) == 2
+        assert "--overwrite" in capsys.readouterr().err
+    assert cli.main(["quantize", "embedded", str(tmp_path), "--overwrite", *QUICK]) == 2
+    assert "something else" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert (made[0] / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_overwrite_replaces_a_checkpoint(stories, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["quantize", str(stories), str(out), "--method", "rtn", "--salience", "magnitude", "--group-size", "32",
+                 *QUICK]
+    assert cli.main([*arguments, "--bpw", "3"]) == 0
+    assert cli.main([*arguments, "--bpw", "4", "--overwrite"]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["spec"]["bpw"] == 4.0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+WRONG = {
+    "no such model": (["quantize", "no/such/model", "{out}"], "checkpoint folder"),
+    "a folder without a model": (["eval", "{here}"], "config.json"),
+    "budget out of reach": (["quantize", "embedded", "{out}", "--bpw", "9"], "choose bpw"),
+    "group size": (["quantize", "embedded", "{out}", "--group-size", "100"], "multiple of 32"),
+    "calibration": (["quantize", "embedded", "{out}", "--calibration", "nowhere.txt"], "nowhere.txt"),
+    "no such device": (["eval", "embedded", "--device", "abacus"], "abacus"),
+    "no checkpoint": (["inspect", "{here}"], "quantized by sfmp"),
+    "no such task": (["eval", "embedded", "--tasks", "chess"], "chess"),
+    "no such picture": (["inspect", "{made}", "--picture", "{here}/bits.doc"], "suffix"),
+    "quantized twice": (["quantize", "{made}", "{out}"], "not quantized"),
+    "too long a text": (["generate", "embedded", "x", "--tokens", "9999"], "at most 512"),
+    "no authors' folder": (["convert", "{here}", "{out}"], "config.json"),
+    "base model": (["quantize", "embedded", "{out}", "--base-model", "llama"], "OWNER/NAME"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_one_line_and_2(case, made, tmp_path, capsys):
+    arguments, message = WRONG[case]
+    places = {"out": tmp_path / "out", "here": tmp_path, "made": made[0]}
+    assert cli.main([argument.format(**places) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    line = error.strip().splitlines()[-1]
+    assert line.startswith(f"sfmp {arguments[0]}: ") and message in line and "Traceback" not in error
+    assert not (tmp_path / "out").exists() and not list(tmp_path.iterdir())
+
+
+def test_exit_status_of_a_process(tmp_path):
+    done = command("inspect", tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
+    assert command("inspect").returncode == 2  # argparse
+    broken = ("import sys, sfmp.commands, sfmp.cli\nsfmp.commands.inspect = lambda options: 1 / 0\n"
+              "sys.exit(sfmp.cli.main(['inspect', 'anything']))")
+    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+def test_interrupted(monkeypatch, capsys, tmp_path):
+    from sfmp import commands
+
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "inspect", interrupted)
+    assert cli.main(["inspect", str(tmp_path)]) == 130 and "interrupted" in capsys.readouterr().err
+
+
+def test_a_long_message_stays_one_line(monkeypatch, capsys):
+    from sfmp import commands
+
+    def fail(options):
+        raise SfmpError("first\n  second")
+
+    monkeypatch.setattr(commands, "inspect", fail)
+    assert cli.main(["inspect", "x"]) == 2
+    assert capsys.readouterr().err == "sfmp inspect: first second\n"
+
+
+# ---- generate
+
+
+def test_generate_prints_tokens_as_they_come(made, monkeypatch, capsys):
+    import builtins
+
+    printed = []
+    monkeypatch.setattr(builtins, "print", lambda *a, **k: printed.append((a, k)))
+    assert cli.main(["generate", str(made[0]), "def main():\n    ", "--tokens", "12", "--device", "cpu"]) == 0
+    pieces = [a[0] for a, k in printed if k.get("end") == ""]
+    assert pieces[0] == "def main():\n    " and len(pieces) >= 8 and all(k["flush"] for _, k in printed if "end" in k)
+
+
+def test_generate_is_what_transformers_generates(stories):
+    from sfmp.generate import generate
+    from sfmp.stages import load_model
+
+    model, tokenizer = load_model(str(stories))
+    pieces = []
+    text = generate(model, tokenizer, "Once upon a time", tokens=30, write=pieces.append)
+    ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
+    expected = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+    assert text.strip() == expected.strip() and "".join(pieces) == text and len(pieces) > 15
+    state = torch.random.get_rng_state()
+    drawn = [generate(model, tokenizer, "Once", tokens=20, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2] and torch.equal(state, torch.random.get_rng_state())
+    assert generate(model, tokenizer, "", tokens=5)
+    with pytest.raises(SfmpError, match="temperature"):
+        generate(model, tokenizer, "x", temperature=-1.0)
+
+
+def test_pieces_wait_for_whole_characters():
+    from sfmp.generate import TextPieces
+
+    class Bytes:
+        def decode(self, tokens, **_):
+            return bytes(tokens).decode("utf-8", errors="replace")
+
+    pieces = []
+    streamer = TextPieces(Bytes(), pieces.append)
+    streamer.put(torch.tensor([[1, 2]]))  # the prompt
+    for byte in "aé–".encode():
+        streamer.put(torch.tensor([byte]))
+    streamer.put(torch.tensor([0xE2]))
+    streamer.end()
+    assert pieces == ["a", "é", "–", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_generate_reads_standard_input(stories):
+    done = command("generate", stories, "--tokens", "5", "--device", "cpu", input="Once upon")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon") and len(done.stdout.strip()) > len("Once upon")
