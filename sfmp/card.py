@@ -152,7 +152,7 @@ def _sfmp_card(matrices, config, results):
         "| | bits per weight |", "|---|---|",
         f"| codes | {mean['wbits']:.4f} |", f"| codes, scales and offsets (bpw) | {mean['bpw']:.4f} |",
         f"| all stored bytes of the matrices (bpw_stored) | {mean['bpw_stored']:.4f} |", "",
-        "| specification | |", "|---|---|", *(f"| {key} | {value} |" for key, value in config["spec"].items()),
+        "| specification | |", "|---|---|", *(f"| {key} | {value} |" for key, value in sorted(config["spec"].items())),
         f"| plan | `{config['plan_hash']}` |", "",
         "| bit-width | share of the weights |", "|---|---|", *_shares(matrices.values(), total), "",
         "Mean code bits by layer and projection:", "", *_plan_summary(matrices)]

@@ -132,7 +132,7 @@ def evaluate_model(source: str, texts: Sequence[str] = ("python:evaluation",), *
         cut, _ = data.evaluation_windows(found, tokenizer, length)
         if windows is not None:
             cut = cut[:: max(1, len(cut) // integer("windows", windows, 1))][:windows]
-        with _forward_bar(model, -(-len(cut) // 4), f"perplexity of {text}", progress):
+        with _forward_bar(model, -(-len(cut) // 4), f"perplexity of {Path(text).name}", progress):
             value = perplexity(model, cut, length)
         results.append({"dataset": text, "metric": "perplexity", "value": value, "seqlen": length, "windows": len(cut)})
     for task, scores in (accuracy(model, tokenizer, questions) if questions else {}).items():
@@ -174,7 +174,11 @@ def _forward_bar(model, total, title, show):
     from tqdm.auto import tqdm
 
     with tqdm(total=total, desc=title, unit="batch") as bar:
-        handle = model.register_forward_hook(lambda *_: bar.update())
+
+        def step(*_):
+            bar.update()  # not returned: what a hook returns replaces the output
+
+        handle = model.register_forward_hook(step)
         try:
             yield
         finally:

@@ -45,7 +45,7 @@ def push_checkpoint(folder, repository: str, *, results: Sequence[Mapping] = (),
         The folder is no checkpoint, the name is malformed, or the Hub refuses (with its reason).
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 
     from sfmp.card import save_model_card
     from sfmp.inspection import read_checkpoint
@@ -63,8 +63,8 @@ def push_checkpoint(folder, repository: str, *, results: Sequence[Mapping] = (),
             api.create_branch(repository, branch=revision, exist_ok=True)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, revision=revision,
                                    ignore_patterns=[".*", "*.tmp"])
-    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+    except (HTTPError, ConnectionError, LocalTokenNotFoundError, ValueError) as error:  # ValueError: an invalid card
         reason = " ".join(str(error).split())
         raise SfmpError(f"{repository}: expected the Hub to take the upload, found: {reason}; log in with `hf auth "
-                        "login`, and check the name and your rights") from error
+                        "login`, and check the name, your rights, the card and the network") from error
     return commit.commit_url

@@ -192,9 +192,9 @@ def test_inspect_notices_another_plan(made, tmp_path, capsys):
 
 def test_eval_prints_and_writes_what_the_library_measures(made, capsys, tmp_path, monkeypatch):
     from sfmp import data
+    from sfmp.corpus import Document
     from sfmp.evaluate import perplexity
     from sfmp.linear import keep_dequantized
-    from sfmp.corpus import Document
     from sfmp.model_source import load
 
     documents = [Document("json", Path(json.decoder.__file__).read_text("utf-8"))]
