@@ -43,7 +43,7 @@ def main(arguments=None) -> int:
         print(f"sfmp {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"sfmp {options.command}: interrupted; nothing was written to the output", file=sys.stderr)
+        print(f"sfmp {options.command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -239,7 +239,7 @@ def test_overwrite_replaces_a_checkpoint(stories, tmp_path, capsys):
                  *QUICK]
     assert cli.main([*arguments, "--bpw", "3"]) == 0
     assert cli.main([*arguments, "--bpw", "4", "--overwrite"]) == 0
-    capsys.readouterr()
+    assert capsys.readouterr().err == ""  # --quiet
     assert cli.main(["inspect", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["spec"]["bpw"] == 4.0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -292,6 +292,17 @@ def test_interrupted(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(commands, "inspect", interrupted)
     assert cli.main(["inspect", str(tmp_path)]) == 130 and "interrupted" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    code = ("import sys, sfmp.commands, sfmp.cli\nsfmp.commands.inspect = lambda options: print('x' * 10**6)\n"
+            "sys.exit(sfmp.cli.main(['inspect', 'anything']))")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.stdout.read(1) == "x"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 0
+    process.stderr.close()
 
 
 def test_a_long_message_stays_one_line(monkeypatch, capsys):
