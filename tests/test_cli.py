@@ -162,6 +162,7 @@ def test_inspect(made, capsys, tmp_path):
     printed = {part.strip(): int(number.replace(",", "")) for part, number in
                re.findall(r"^ *([a-z ]+?)  +([\d,]+) bytes$", text, re.M)}
     assert printed["all tensors"] == counted and printed["quantized matrices"] == inside
+    assert printed["other tensors"] == counted - inside
     assert printed["planes"] + printed["scales"] + printed["overhead"] == inside
     assert config["plan_hash"] in text and "(confirmed)" in text
     # A cell of the table, computed from the planes: words of a block of b bits are b·(g/32)·rows.

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from sfmp import cli
 from sfmp.authors_format import AXES, CodeLayout, code_axes, packed_matrix
 from sfmp.checks import SfmpError
 from sfmp.convert import convert_checkpoint
@@ -183,6 +184,21 @@ def test_several_output_files_hold_the_same_tensors(published, converted, tmp_pa
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in one.values())
     model = AutoModelForCausalLM.from_pretrained(out)
     assert len(quantized_layers(model)) == len(published[1])
+
+
+def test_the_command_converts_the_same(published, converted, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["convert", str(published[0]), str(out), "--base-model", "meta/tiny@abc"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "(confirmed)" in printed.out and "convert" in printed.err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in converted.iterdir()}
+    assert cli.main([*arguments, "--nibbles", "high-first", "--quiet"]) == 2  # it exists
+    capsys.readouterr()
+    assert cli.main([*arguments, "--nibbles", "high-first", "--quiet", "--overwrite"]) == 0
+    assert capsys.readouterr().err == ""
+    assert (out / "model.safetensors").read_bytes() != (converted / "model.safetensors").read_bytes()
 
 
 def _damage(key, change):
