@@ -1,7 +1,6 @@
 """The command line: what it prints, writes and returns, on the smallest models."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,22 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import ENVIRONMENT, ROOT, command
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from sfmp import cli, spec
-from sfmp.checks import SfmpError
 
-ROOT = Path(__file__).resolve().parents[1]
 BARS = ["--block-rows", "64", "--windows", "2", "--seqlen", "64", "--device", "cpu"]
 QUICK = [*BARS, "--quiet"]
-
-
-def command(*arguments, **options):
-    """Run ``python -m sfmp`` in a new process."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-m", "sfmp", *map(str, arguments)], capture_output=True, text=True,
-                          env=environment, timeout=300, **options)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +39,7 @@ def test_help_loads_nothing_heavy(arguments):
             "heavy = {'torch', 'numpy', 'transformers', 'numba', 'pandas', 'matplotlib', 'tqdm'} & set(sys.modules)\n"
             "assert not heavy, heavy\nassert len(sys.modules) < 200, len(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+                          env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert "sfmp" in done.stdout
 
@@ -191,6 +182,7 @@ def test_inspect_notices_another_plan(made, tmp_path, capsys):
     assert "NOT that of the tensors" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_eval_prints_and_writes_what_the_library_measures(made, capsys, tmp_path, monkeypatch):
     from sfmp import data
     from sfmp.corpus import Document
@@ -272,101 +264,3 @@ def test_bad_input_is_one_line_and_2(case, made, tmp_path, capsys):
     line = error.strip().splitlines()[-1]
     assert line.startswith(f"sfmp {arguments[0]}: ") and message in line and "Traceback" not in error
     assert not (tmp_path / "out").exists() and not list(tmp_path.iterdir())
-
-
-def test_exit_status_of_a_process(tmp_path):
-    done = command("inspect", tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
-    assert command("inspect").returncode == 2  # argparse
-    broken = ("import sys, sfmp.commands, sfmp.cli\nsfmp.commands.inspect = lambda options: 1 / 0\n"
-              "sys.exit(sfmp.cli.main(['inspect', 'anything']))")
-    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
-
-
-def test_interrupted(monkeypatch, capsys, tmp_path):
-    from sfmp import commands
-
-    def interrupted(options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(commands, "inspect", interrupted)
-    assert cli.main(["inspect", str(tmp_path)]) == 130 and "interrupted" in capsys.readouterr().err
-
-
-def test_a_reader_that_has_seen_enough_is_no_error():
-    code = ("import sys, sfmp.commands, sfmp.cli\nsfmp.commands.inspect = lambda options: print('x' * 10**6)\n"
-            "sys.exit(sfmp.cli.main(['inspect', 'anything']))")
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert process.stdout.read(1) == "x"
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait(timeout=60) == 0
-    process.stderr.close()
-
-
-def test_a_long_message_stays_one_line(monkeypatch, capsys):
-    from sfmp import commands
-
-    def fail(options):
-        raise SfmpError("first\n  second")
-
-    monkeypatch.setattr(commands, "inspect", fail)
-    assert cli.main(["inspect", "x"]) == 2
-    assert capsys.readouterr().err == "sfmp inspect: first second\n"
-
-
-# ---- generate
-
-
-def test_generate_prints_tokens_as_they_come(made, monkeypatch, capsys):
-    import builtins
-
-    printed = []
-    monkeypatch.setattr(builtins, "print", lambda *a, **k: printed.append((a, k)))
-    assert cli.main(["generate", str(made[0]), "def main():\n    ", "--tokens", "12", "--device", "cpu"]) == 0
-    pieces = [a[0] for a, k in printed if k.get("end") == ""]
-    assert pieces[0] == "def main():\n    " and len(pieces) >= 8 and all(k["flush"] for _, k in printed if "end" in k)
-
-
-def test_generate_is_what_transformers_generates(stories):
-    from sfmp.generate import generate
-    from sfmp.stages import load_model
-
-    model, tokenizer = load_model(str(stories))
-    pieces = []
-    text = generate(model, tokenizer, "Once upon a time", tokens=30, write=pieces.append)
-    ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
-    expected = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
-    assert text.strip() == expected.strip() and "".join(pieces) == text and len(pieces) > 15
-    state = torch.random.get_rng_state()
-    drawn = [generate(model, tokenizer, "Once", tokens=20, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2] and torch.equal(state, torch.random.get_rng_state())
-    assert generate(model, tokenizer, "", tokens=5)
-    with pytest.raises(SfmpError, match="temperature"):
-        generate(model, tokenizer, "x", temperature=-1.0)
-
-
-def test_pieces_wait_for_whole_characters():
-    from sfmp.generate import TextPieces
-
-    class Bytes:
-        def decode(self, tokens, **_):
-            return bytes(tokens).decode("utf-8", errors="replace")
-
-    pieces = []
-    streamer = TextPieces(Bytes(), pieces.append)
-    streamer.put(torch.tensor([[1, 2]]))  # the prompt
-    for byte in "aé–".encode():
-        streamer.put(torch.tensor([byte]))
-    streamer.put(torch.tensor([0xE2]))
-    streamer.end()
-    assert pieces == ["a", "é", "–", "\N{REPLACEMENT CHARACTER}"]
-
-
-def test_generate_reads_standard_input(stories):
-    done = command("generate", stories, "--tokens", "5", "--device", "cpu", input="Once upon")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Once upon") and len(done.stdout.strip()) > len("Once upon")
