@@ -1,5 +1,6 @@
 """Budget to bits per block, without search: one Lagrange threshold over the blocks' lower convex hulls."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 
@@ -145,8 +146,12 @@ def make_plan(salience: Mapping, spec: QuantSpec, model=None) -> Plan:
     if spec.objective == "measured" and model is None:
         raise SfmpError('model: expected a model, as objective="measured" quantizes its weights; '
                         "found None; call make_plan(salience, spec, model)")
-    problem = block_problem(salience, spec, model)
-    grids = problem.grids
+    return solve(block_problem(salience, spec, model))
+
+
+def solve(problem) -> Plan:
+    """Return the plan with the least loss within the budget of ``problem.spec`` (a `BlockProblem`); see `make_plan`."""
+    grids, spec = problem.grids, problem.spec
     bits, carried = {}, 0
     for members in _scopes(list(grids), spec.scope):
         losses, weights, sums = problem.arrays(members)
@@ -204,13 +209,18 @@ def block_problem(salience: Mapping, spec: QuantSpec, model=None) -> BlockProble
     problem = BlockProblem(spec, {}, {}, {}, {})
     sharing = spec.shared_columns and spec.reorder in ("both", "cols")  # the natural order is everybody's
     columns = shared_columns(salience, names, column_sums) if sharing else {}
-    for name in names:
-        matrix = _checked(name, salience[name])
-        rows, cols = permutations(matrix, spec.reorder, columns.get(name))
-        grid = BlockGrid(*matrix.shape, spec.block_rows, spec.group_size)
-        problem.permuted[name], problem.grids[name] = (rows, cols), grid
-        problem.sums[name] = block_sums(matrix, rows, cols, grid).ravel()
-        problem.losses[name] = level_losses(name, matrix, rows, cols, grid, spec, model, problem.sums[name])
+    with contextlib.ExitStack() as exposed:
+        if model is not None:
+            from sfmp.unfuse import linears_exposed
+
+            exposed.enter_context(linears_exposed(model))
+        for name in names:
+            matrix = _checked(name, salience[name])
+            rows, cols = permutations(matrix, spec.reorder, columns.get(name))
+            grid = BlockGrid(*matrix.shape, spec.block_rows, spec.group_size)
+            problem.permuted[name], problem.grids[name] = (rows, cols), grid
+            problem.sums[name] = block_sums(matrix, rows, cols, grid).ravel()
+            problem.losses[name] = level_losses(name, matrix, rows, cols, grid, spec, model, problem.sums[name])
     return problem
 
 

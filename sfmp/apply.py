@@ -62,7 +62,7 @@ def quantize_model(model, plan, windows=None, *, progress=False, solver=None, ne
     -----
     Source: METHOD.md 1.6 (awq), 1.7 (gptq), 1.5 (rtn).  Deterministic: equal inputs give equal codes.
     """
-    linears = _planned_linears(model, plan)
+    linears = planned_linears(model, plan)
     method = plan.spec.method
     if method != "rtn":
         windows = checked_windows(model, windows, method)
@@ -71,7 +71,7 @@ def quantize_model(model, plan, windows=None, *, progress=False, solver=None, ne
     report = {"method": method, "matrices": {}, "refused": []}
     try:
         with _bar(len(linears), progress) as done:
-            job = _Job(model, plan, linears, report, done, solver or SOLVERS[method], new_stats)
+            job = Job(model, plan, linears, report, done, solver or SOLVERS[method], new_stats)
             if method == "rtn":
                 for name in linears:
                     job.replace({name: job.solve(name, linears[name].weight.detach(), None)})
@@ -89,7 +89,7 @@ def quantize_model(model, plan, windows=None, *, progress=False, solver=None, ne
     return model
 
 
-class _Job:
+class Job:
     """One call of quantize_model."""
 
     def __init__(self, model, plan, linears, report, done, solver, new_stats):
@@ -163,15 +163,18 @@ class _Job:
         else:
             batches = capture(self.model, layers, groups)
         for index, (prefix, layer) in enumerate(stack):
-            start = f"{prefix}." if prefix else ""
-            inner = {n[len(start):]: n for n in names if n.startswith(start) and self._linear_at(n)}
-            dtypes = {p.dtype for p in layer.parameters() if p.is_floating_point()}
-            dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
-            step = self._awq if self.spec.method == "awq" else self._gptq
-            with in_float32(layer, leave=(SFMPLinear,)):
-                last = whole or index == len(stack) - 1
-                quantized = step(layer, inner, batches, index, dtype, last)
-            self.replace(quantized)
+            self.one_layer(prefix, layer, batches, index, names, last=whole or index == len(stack) - 1)
+
+    def one_layer(self, prefix, layer, batches, index, names, last):
+        """Quantize the named linears of one layer; carry the batches on unless it is the last."""
+        start = f"{prefix}." if prefix else ""
+        inner = {n[len(start):]: n for n in names if n.startswith(start) and self._linear_at(n)}
+        dtypes = {p.dtype for p in layer.parameters() if p.is_floating_point()}
+        dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
+        step = self._awq if self.spec.method == "awq" else self._gptq
+        with in_float32(layer, leave=(SFMPLinear,)):
+            quantized = step(layer, inner, batches, index, dtype, last)
+        self.replace(quantized)
 
     def _linear_at(self, name):
         """Whether the linear is still to be replaced (a layer that is run twice is quantized once)."""
@@ -227,7 +230,7 @@ class _Job:
         return quantized
 
 
-def _planned_linears(model, plan):
+def planned_linears(model, plan):
     """The planned modules by name, checked against the plan."""
     modules, linears = dict(model.named_modules()), {}
     for name, matrix in plan.items():

@@ -122,7 +122,7 @@ def capture(model: nn.Module, layers: list[nn.Module], groups: list[torch.Tensor
         if not full:
             batch.calls = templates[shape]
         elif shape in templates and not data_dependent:
-            data_dependent = not _same(batch.calls, templates[shape])
+            data_dependent = not same(batch.calls, templates[shape])
         templates.setdefault(shape, batch.calls)
         batches.append(batch)
     return batches
@@ -159,7 +159,7 @@ def is_chain(model: nn.Module, layers: list[nn.Module], windows: torch.Tensor) -
 
     def before(module, args, kwargs):
         value = _hidden_argument(args, kwargs)[1] if args or kwargs else None
-        broken = bool(outputs) and not (isinstance(value, torch.Tensor) and _same(value, outputs[-1]))
+        broken = bool(outputs) and not (isinstance(value, torch.Tensor) and same(value, outputs[-1]))
         seen.append(None if broken else module)
 
     def after(module, args, output):
@@ -185,14 +185,14 @@ def _hidden_argument(args, kwargs):
     return key, kwargs[key]
 
 
-def _same(a, b) -> bool:
+def same(a, b) -> bool:
     """Equality of nested arguments, tensors by value."""
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return a is b or (type(a) is type(b) and not hasattr(a, "__dict__") and a == b)
 
 
