@@ -22,6 +22,7 @@ from sfmp.pack import pack
 from sfmp.quantize import dequantize
 from sfmp.solvers import SOLVERS, Stats, rtn
 from sfmp.spec import SfmpError
+from sfmp.unfuse import expose_linears, linears_exposed, unknown_fused
 from sfmp.walk import Batch, as_float32, capture, find_layers, in_float32, is_chain, observe, run_layer
 from sfmp.windows import batches_of, checked_windows, probe_of
 
@@ -62,10 +63,14 @@ def quantize_model(model, plan, windows=None, *, progress=False, solver=None, ne
     -----
     Source: METHOD.md 1.6 (awq), 1.7 (gptq), 1.5 (rtn).  Deterministic: equal inputs give equal codes.
     """
-    linears = planned_linears(model, plan)
     method = plan.spec.method
     if method != "rtn":
         windows = checked_windows(model, windows, method)
+    linears = planned_linears(model, plan)
+    left = unknown_fused(model)
+    if left:
+        warnings.warn(f"{', '.join(left)}: these 3-D parameters stay as they are; only linear layers, Conv1D and the "
+                      "fused experts of transformers are quantized", stacklevel=2)
     training = [name for name, module in model.named_modules() if module.training]
     model.eval()
     report = {"method": method, "matrices": {}, "refused": []}
@@ -231,8 +236,16 @@ class Job:
 
 
 def planned_linears(model, plan):
-    """The planned modules by name, checked against the plan."""
-    modules, linears = dict(model.named_modules()), {}
+    """The planned modules by name, checked against the plan; what holds one as Conv1D or fused experts is replaced."""
+    with linears_exposed(model):  # every complaint comes before anything is replaced
+        _check_modules(model, plan)
+    expose_linears(model, plan)
+    modules = dict(model.named_modules())
+    return {name: modules[name] for name in plan}
+
+
+def _check_modules(model, plan):
+    modules = dict(model.named_modules())
     for name, matrix in plan.items():
         module = modules.get(name)
         if not isinstance(module, nn.Linear):
@@ -241,8 +254,6 @@ def planned_linears(model, plan):
         if tuple(module.weight.shape) != matrix.shape:
             found = tuple(module.weight.shape)
             raise SfmpError(f"{name}: the plan expects shape {matrix.shape}, found {found}")
-        linears[name] = module
-    return linears
 
 
 def _mounted(model):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 
 from sfmp.checkpoint import check_headers, read_headers
 from sfmp.checks import SfmpError
+from sfmp.unfuse import RoutedExperts, expose_linears, fuse_linears
 
 
 class StoredQuantizer(HfQuantizer):
@@ -39,6 +41,8 @@ class StoredQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         self._names = {}  # name in the config → name in this model
+        prefix = model.base_model_prefix + "."
+        expose_linears(model, [form for name in self.quantization_config.modules for form in _forms(name, prefix)])
         for name, entry in self.quantization_config.modules.items():
             found = _find(model, name)
             if found is None:
@@ -51,6 +55,14 @@ class StoredQuantizer(HfQuantizer):
                                 f"{type(model).__name__}; is config.json of another model?")
             model.set_submodule(found, self.empty(entry))
             self._names[name] = found
+
+    def update_weight_conversions(self, weight_conversions, model):
+        """Leave out what would fuse the experts' matrices that were not quantized, and are stored one by one."""
+        alone = [f"{path}.{name}" for path, module in model.named_modules() if isinstance(module, RoutedExperts)
+                 for name in module.state_dict()]
+        kept = [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)
+                or all(conversion.rename_source_key(name)[1] is None for name in alone)]
+        return super().update_weight_conversions(kept, model)
 
     def _check_files(self, model, files):
         loaded = _renamed(read_headers(files), model, self)
@@ -85,6 +97,9 @@ class StoredQuantizer(HfQuantizer):
             if biased:
                 linear.bias = nn.Parameter(layer.bias.to(weight.dtype), requires_grad=False)
             model.set_submodule(name, linear)
+        with torch.device("meta"):
+            original = type(model)(model.config)
+        fuse_linears(model, original)
         return model
 
     def _layers(self, model):
@@ -103,13 +118,18 @@ def _find(model, name):
     head."""
     prefix = model.base_model_prefix + "."
     names = dict(model.named_modules())
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
+    for candidate in _forms(name, prefix):
         if candidate in names:
             return candidate
     if model.base_model is model and not name.startswith(prefix):
         return None
     raise SfmpError(f"{name}: expected this module in {type(model).__name__}, found none of that name; is "
                     "config.json of another model?")
+
+
+def _forms(name, prefix):
+    """A module's name as stored, and as it is with or without the head of the model."""
+    return name, name.removeprefix(prefix), prefix + name
 
 
 def _renamed(headers, model, quantizer):

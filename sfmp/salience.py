@@ -1,6 +1,7 @@
 """How much the loss depends on each weight: empirical Fisher, streamed in fp32; simpler sources."""
 
 import contextlib
+import importlib
 import json
 import warnings
 import zlib
@@ -12,6 +13,7 @@ from torch import nn
 
 from sfmp.checks import SfmpError, is_skipped, write_atomically
 from sfmp.readers import InputRecord, Salience
+from sfmp.unfuse import on_linears
 from sfmp.windows import one_window
 
 LossFn = Callable[[nn.Module, torch.Tensor], torch.Tensor]
@@ -43,6 +45,7 @@ def causal_lm_loss(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
     return loss
 
 
+@on_linears
 def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_head",), progress: bool = False,
                     loss_fn: LossFn | None = None) -> dict[str, torch.Tensor]:
     """Sum squared per-sample gradients of every linear weight: the diagonal of the empirical Fisher matrix.
@@ -103,7 +106,7 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
         backward_passes(model, windows, loss_fn, "salience", progress)
     unused = [name for name, weight in weights.items() if weight not in reached]
     if unused:
-        warnings.warn(f"no gradient reached {', '.join(unused)}: their salience is zero", stacklevel=2)
+        warnings.warn(f"no gradient reached {', '.join(unused)}: their salience is zero", stacklevel=3)
     return finished({name: sums[weight] for name, weight in weights.items()}, record.groups())
 
 
@@ -127,12 +130,14 @@ def backward_passes(model: nn.Module, windows, loss_fn: LossFn | None, title: st
         raise SfmpError("windows: expected at least one sample, found none")
 
 
+@on_linears
 def magnitude_salience(model: nn.Module, *, skip: Iterable[str] = ("lm_head",)) -> dict[str, torch.Tensor]:
     """Return |W| of every linear layer, float32 [N, K]; needs no data. Source: METHOD.md section 4, A1."""
     return finished({name: layer.weight.detach().float().abs()
                       for name, layer in linear_modules(model, skip).items()})
 
 
+@on_linears
 def activation_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_head",),
                         progress: bool = False, forward: Callable | None = None) -> dict[str, torch.Tensor]:
     """Return |W| times the root mean square of its input column, float32 [N, K]: forward passes only.
@@ -140,7 +145,8 @@ def activation_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm
     `windows` as in `fisher_salience`; `forward` (model, sample) defaults to feeding token ids.
     Source: METHOD.md section 4, A1.
     """
-    layers, forward = linear_modules(model, skip), forward or _forward_tokens
+    layers = linear_modules(model, skip)
+    forward = forward or (lambda model, window: model(input_ids=one_window(model, window, "forward(model, window)")))
     squares = {layer: torch.zeros(layer.in_features, dtype=torch.float64) for layer in layers.values()}
     tokens = dict.fromkeys(squares, 0)
 
@@ -156,13 +162,16 @@ def activation_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm
         for window in _progress(windows, "activations", progress):
             forward(model, window)
     unseen = [name for name, layer in layers.items() if not tokens[layer]]
-    if unseen:
+    if len(unseen) == len(layers):
         raise SfmpError(f"{unseen[0]}: expected inputs, found none in these windows; use more or skip it")
+    if unseen:
+        warnings.warn(f"no token reached {', '.join(unseen)}: their salience is zero", stacklevel=3)
     return finished({name: layer.weight.detach().float().abs().cpu()
-                      * (squares[layer] / tokens[layer]).sqrt().float() for name, layer in layers.items()},
+                      * (squares[layer] / max(tokens[layer], 1)).sqrt().float() for name, layer in layers.items()},
                     record.groups())
 
 
+@on_linears
 def random_salience(model: nn.Module, seed: int = 0, *,
                     skip: Iterable[str] = ("lm_head",)) -> dict[str, torch.Tensor]:
     """Return uniform random numbers in [0, 1), float32 [N, K], a function of seed, layer name and shape only.
@@ -181,15 +190,10 @@ SALIENCE_SOURCES: dict[str, Callable] = {
     "fisher": lambda model, windows, seed=0, **options: fisher_salience(model, windows, **options),
     "magnitude": lambda model, windows=None, seed=0, **options: magnitude_salience(model, **options),
     "activation": lambda model, windows, seed=0, **options: activation_salience(model, windows, **options),
-    "guided": lambda model, windows, seed=0, **options: _guided(model, windows, **options),
+    "guided": lambda model, windows, seed=0, **options: importlib.import_module(
+        "sfmp.baselines.guided").guided_salience(model, windows, **options),
     "random": lambda model, windows=None, seed=0, **options: random_salience(model, seed, **options),
 }
-
-
-def _guided(model, windows, **options):
-    from sfmp.baselines.guided import guided_salience
-
-    return guided_salience(model, windows, **options)
 
 
 def save_salience(salience: Mapping[str, torch.Tensor], path, meta: Mapping | None = None) -> None:
@@ -262,10 +266,6 @@ def gradients_only_for(model, wanted):
             parameter.grad = gradient
         if cache is not None:
             config.use_cache = cache
-
-
-def _forward_tokens(model, window):
-    model(input_ids=one_window(model, window, "forward(model, window)"))
 
 
 def _progress(items, title, show):

@@ -24,10 +24,12 @@ from sfmp.quantize import dequantize, quantize
 from sfmp.readers import InputRecord
 from sfmp.reorder import as_numpy
 from sfmp.salience import backward_passes, finished, gradients_only_for, linear_modules
+from sfmp.unfuse import on_linears
 
 GRADIENT_SCALE = 1e3  # of the publication: keeps squares of small gradients in range; ranks do not depend on it
 
 
+@on_linears
 def guided_salience(model: nn.Module, windows, *, groups: int = 4, skip: Iterable[str] = ("lm_head",),
                     progress: bool = False, loss_fn=None) -> dict[str, torch.Tensor]:
     """Salience of every linear weight from the guided objective without its cross terms.
