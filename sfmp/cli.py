@@ -76,6 +76,7 @@ def _quantize(commands):
     one.add_argument("model", metavar="MODEL", help=MODEL)
     one.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
     one.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
+    one.add_argument("--resume", action="store_true", help="go on where a killed run of the same command was")
     spec = one.add_argument_group("what to make")
     spec.add_argument("--bpw", type=float, default=3.0, help="bits per weight, scales and offsets included (3.0)")
     spec.add_argument("--levels", type=_levels, default=(2, 3, 4), help="bit-widths of a block, or auto (2,3,4)")
@@ -161,7 +162,9 @@ def _push(commands):
 
 
 def _machine(one):
-    one.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto: cuda if there is one (auto)")
+    one.add_argument("--device", default="auto",
+                     help="cpu, cuda, cuda:1 …; auto: cuda if there is one; spread: over all "
+                     "GPUs, then the CPU, for models larger than one GPU (auto)")
     one.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                      help="of what is not quantized; auto: as stored, but float32 for float16 on a CPU (auto)")
 

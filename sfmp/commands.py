@@ -13,14 +13,15 @@ def quantize(options) -> None:
     from sfmp.pipeline import Calibration, quantize_to_folder
     from sfmp.spec import QuantSpec
 
-    check_new(options.out, options.overwrite)
+    if not options.resume:
+        check_new(options.out, options.overwrite)
     spec = QuantSpec(bpw=options.bpw, group_size=options.group_size, block_rows=options.block_rows,
                      levels=options.levels, reorder=options.reorder, method=options.method, scope=options.scope,
                      objective=options.objective, skip=tuple(options.skip), seed=options.seed)
     calibration = Calibration(options.calibration, options.windows, options.seqlen, options.salience)
     quantize_to_folder(options.model, options.out, spec, calibration, dtype=options.dtype, device=options.device,
                        base_model=options.base_model, overwrite=options.overwrite,
-                       max_shard_size=options.max_shard_size, progress=not options.quiet)
+                       max_shard_size=options.max_shard_size, resume=options.resume, progress=not options.quiet)
     _print_made(summary(read_checkpoint(options.out)))
 
 

@@ -77,7 +77,8 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def load(folder: str | Path = FOLDER, dtype: str = "float32") -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def load(folder: str | Path = FOLDER, dtype: str = "float32",
+         **options) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Load the embedded model and its tokenizer.
 
     Parameters
@@ -86,6 +87,8 @@ def load(folder: str | Path = FOLDER, dtype: str = "float32") -> tuple[LlamaForC
         A checkpoint written by :mod:`sfmp.train`; the shipped one by default.
     dtype : str
         Torch type of the weights in memory; the shipped file is float16.
+    options
+        Passed to ``from_pretrained``, such as ``device_map``.
 
     Returns
     -------
@@ -105,5 +108,5 @@ def load(folder: str | Path = FOLDER, dtype: str = "float32") -> tuple[LlamaForC
             f"embedded model: expected model.safetensors in {folder}, found none; reinstall the package or run "
             "`snakemake train_embedded` and pass the folder it names"
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     return model.eval(), AutoTokenizer.from_pretrained(folder)

@@ -19,7 +19,8 @@ def load(source: str, dtype: str = "auto", device: str = "auto"):
         Of what is not quantized; ``auto`` is the stored one, except float16 on a CPU, which becomes float32 (its
         gradients underflow and it is slow there).
     device : str
-        A torch device; ``auto`` is cuda if there is one.
+        A torch device; ``auto`` is cuda if there is one; ``spread`` lets accelerate spread the layers over all GPUs,
+        then the CPU, for models larger than one GPU.
 
     Returns
     -------
@@ -33,21 +34,92 @@ def load(source: str, dtype: str = "auto", device: str = "auto"):
     """
     import torch
 
+    if device == "spread":
+        return load_placed(source, dtype, torch.device("cpu"), "auto")
+    device = chosen_device(device)
+    model, tokenizer = load_placed(source, dtype, device)
+    return model.to(device), tokenizer
+
+
+def load_placed(source: str, dtype: str, device, device_map=None, offload_folder=None):
+    """Load a model by a device map of accelerate; see `load`.
+
+    Parameters
+    ----------
+    device : torch.device
+        Float16 becomes float32 if this is a CPU and `dtype` is ``auto``; nothing is moved there.
+    device_map : str or dict, optional
+        As ``from_pretrained`` takes it.
+    offload_folder : path, optional
+        For weights on ``disk`` that the checkpoint does not hold as the model does.
+    """
+    import torch
+
     from sfmp.stages import load_model
 
-    device = chosen_device(device)
+    placed = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
+    model, tokenizer = _read(source, lambda: load_model(source, dtype, **placed))
+    if dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
+        if device_map is None:
+            model.float()
+        else:  # what is on disk is cast when it is read, so it must be asked for
+            model, tokenizer = _read(source, lambda: load_model(source, "float32", **placed))
+    return model, tokenizer
+
+
+def skeleton(source: str):
+    """Return the architecture of a model on the meta device and its tokenizer; errors as in `load`.
+
+    Raises SfmpError also if the model is quantized.
+    """
+    import torch
+
+    def read():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from sfmp.stages import load_tokenizer
+
+        name, options = located(source)
+        config = AutoConfig.from_pretrained(name, **options)
+        check_unquantized(source, config)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config), load_tokenizer(source)
+
+    return _read(source, read)
+
+
+def check_unquantized(source: str, config) -> None:
+    """Raise SfmpError if a model's configuration says that it is quantized."""
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        raise SfmpError(f"model {source!r}: expected one that is not quantized, found quant_method {method}; give the "
+                        "model it was made from")
+
+
+def located(source: str) -> tuple[str, dict]:
+    """Return what ``from_pretrained`` is to be called with: a folder or ``owner/name``, and the revision if any."""
+    if source == "embedded":
+        from sfmp.embedded import FOLDER
+
+        return str(FOLDER), {}
+    if Path(source).is_dir():
+        return source, {}
+    name, _, revision = source.partition("@")
+    return name, {"revision": revision} if revision else {}
+
+
+def _read(source, load):
+    """Call `load`; what transformers raises for what it cannot find or does not know becomes an SfmpError."""
     _check_folder(source)
     try:
-        model, tokenizer = load_model(source, dtype)
+        return load()
     except SfmpError:
         raise
-    except (OSError, ValueError) as error:  # what transformers raises for what it cannot find or does not know
+    except (OSError, ValueError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SfmpError(f"model {source!r}: expected a causal language model with its tokenizer, found: {reason}; "
                         "check the name, the revision, your access and the network") from error
-    if dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
-        model.float()
-    return model.to(device), tokenizer
 
 
 def chosen_device(name: str):

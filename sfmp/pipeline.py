@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sfmp.checks import SfmpError, integer, write_atomically
-from sfmp.model_source import check_new, context_of, load, source_record
-from sfmp.spec import QuantSpec
+from sfmp.model_source import check_new, check_unquantized, chosen_device, context_of, load, skeleton, source_record
+from sfmp.spec import Plan, QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,12 @@ class Calibration:
 
 def quantize_to_folder(source: str, folder, spec: QuantSpec, calibration: Calibration, *, dtype: str = "auto",
                        device: str = "auto", base_model: str | None = None, overwrite: bool = False,
-                       max_shard_size: str = "5GB", progress: bool = False):
-    """Load a model, quantize it and write the checkpoint with tokenizer and model card, complete or not at all.
+                       max_shard_size: str = "5GB", resume: bool = False, progress: bool = False):
+    """Quantize a model and write the checkpoint with tokenizer and model card, complete or not at all.
+
+    One layer is in memory at a time, and what is done is kept in a folder beside `folder` until all is, so that a
+    killed run can go on. Models that do not allow that (a warning says why), and ``device="spread"``, are quantized in
+    memory as a whole. The bytes are the same.
 
     Parameters
     ----------
@@ -46,6 +51,8 @@ def quantize_to_folder(source: str, folder, spec: QuantSpec, calibration: Calibr
         ``owner/name[@revision]`` for the model card, where `source` is a local copy.
     max_shard_size : str
         Largest file, such as ``5GB``.
+    resume : bool
+        Go on with what an earlier run, called with the same arguments, left.
     progress : bool
         Show bars on standard error.
 
@@ -56,31 +63,94 @@ def quantize_to_folder(source: str, folder, spec: QuantSpec, calibration: Calibr
     Raises
     ------
     SfmpError
-        Any of it is unusable; `folder` is then as it was.
+        Any of it is unusable, or the earlier run was another one; `folder` is then as it was.
     """
     from sfmp import data
-    from sfmp.allocate import make_plan
-    from sfmp.apply import quantize_model
-    from sfmp.hf import attach, save_checkpoint
-    from sfmp.salience import SALIENCE_SOURCES
+    from sfmp.resume import in_place
 
-    folder, origin = check_new(folder, overwrite), source_record(source, base_model)
+    folder, origin = Path(folder), source_record(source, base_model)
+    if not (resume and in_place(folder)):
+        check_new(folder, overwrite)
     integer("windows", calibration.windows, 1)
     texts = data.load_text(calibration.text)
-    model, tokenizer = load(source, dtype, device)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise SfmpError(f"model {source!r}: expected one that is not quantized, found quant_method "
-                        f"{model.config.quantization_config.quant_method}; give the model it was made from")
-    seqlen = integer("seqlen", calibration.seqlen or context_of(model, 512), 2)
-    windows = data.calibration_windows(texts, tokenizer, calibration.windows, seqlen, spec.seed)
-    shown = {"progress": progress} if calibration.salience in ("fisher", "activation") else {}
-    salience = SALIENCE_SOURCES[calibration.salience](model, windows, spec.seed, skip=spec.skip, **shown)
-    plan = make_plan(salience, spec, model)
-    del salience
-    attach(quantize_model(model, plan, windows, progress=progress), plan, origin)
-    check_new(folder, overwrite)
-    save_checkpoint(model, folder, tokenizer, max_shard_size=max_shard_size)
-    return plan
+
+    def windows_for(model, tokenizer):
+        seqlen = integer("seqlen", calibration.seqlen or context_of(model, 512), 2)
+        return data.calibration_windows(texts, tokenizer, calibration.windows, seqlen, spec.seed)
+
+    job = _Request(source, folder, spec, calibration.salience, dtype, device, origin, overwrite, max_shard_size, resume,
+                   progress, windows_for)
+    return job.run()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """One call of `quantize_to_folder`, its arguments checked; ``windows_for(model, tokenizer)`` cuts the windows."""
+
+    source: str
+    folder: Path
+    spec: QuantSpec
+    kind: str
+    dtype: str
+    device: str
+    origin: dict | None
+    overwrite: bool
+    max_shard_size: str
+    resume: bool
+    progress: bool
+    windows_for: Callable
+
+    def run(self):
+        """Stream the model, or say why not and quantize it in memory."""
+        from sfmp.stream import NotStreamable
+
+        if self.device == "spread":
+            return self.in_memory()
+        try:
+            return self.streamed()
+        except NotStreamable as error:
+            warnings.warn(f"{error}: the whole model is held in memory, and a killed run begins again", stacklevel=3)
+            return self.in_memory()
+
+    def in_memory(self):
+        from sfmp.allocate import make_plan
+        from sfmp.apply import quantize_model
+        from sfmp.hf import attach, save_checkpoint
+        from sfmp.salience import SALIENCE_SOURCES
+
+        model, tokenizer = load(self.source, self.dtype, self.device)
+        check_unquantized(self.source, model.config)
+        windows = self.windows_for(model, tokenizer)
+        shown = {"progress": self.progress} if self.kind in ("fisher", "activation") else {}
+        salience = SALIENCE_SOURCES[self.kind](model, windows, self.spec.seed, skip=self.spec.skip, **shown)
+        plan = make_plan(salience, self.spec, model)
+        del salience
+        attach(quantize_model(model, plan, windows, progress=self.progress), plan, self.origin)
+        check_new(self.folder, self.overwrite)
+        save_checkpoint(model, self.folder, tokenizer, max_shard_size=self.max_shard_size)
+        return plan
+
+    def streamed(self):
+        from sfmp.resume import fingerprint, workplace
+        from sfmp.stream import NotStreamable, open_stream
+        from sfmp.stream_quantize import STREAMED, assemble, quantize_layers, streamed_plan
+
+        if self.kind not in STREAMED:
+            raise NotStreamable(f"{self.kind} salience is not computed layer by layer")
+        device = chosen_device(self.device)
+        empty, tokenizer = skeleton(self.source)
+        windows = self.windows_for(empty, tokenizer)
+        identity = fingerprint(self.source, empty.config, self.spec, windows, salience=self.kind, dtype=self.dtype,
+                               device=device.type, origin=self.origin, max_shard_size=self.max_shard_size)
+        with workplace(self.folder, identity, resume=self.resume, overwrite=self.overwrite) as (work, finished):
+            if finished:
+                return Plan.load(work / "plan.safetensors")
+            stream = open_stream(self.source, empty, self.dtype, device, self.spec.skip, work / "offloaded")
+            stream.check(windows)
+            plan = streamed_plan(stream, self.spec, windows, work, self.kind, self.progress)
+            quantize_layers(stream, plan, windows, work, self.progress)
+            assemble(stream, plan, work, tokenizer, origin=self.origin, max_shard_size=self.max_shard_size)
+        return plan
 
 
 def evaluate_model(source: str, texts: Sequence[str] = ("python:evaluation",), *, seqlen: int | None = None,

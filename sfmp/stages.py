@@ -25,7 +25,7 @@ TEXTS = {
 }
 
 
-def load_model(source: str, dtype: str = "float32"):
+def load_model(source: str, dtype: str = "float32", **options):
     """Load a model of ``config/models.tsv`` and its tokenizer.
 
     Parameters
@@ -34,11 +34,13 @@ def load_model(source: str, dtype: str = "float32"):
         ``"embedded"``, a local folder, or a Hugging Face id, optionally ``id@revision``.
     dtype : str
         Torch type of the weights in memory.
+    options
+        Passed to ``from_pretrained``, such as ``device_map``.
 
     Returns
     -------
     (transformers.PreTrainedModel, tokenizer)
-        In evaluation mode, on the CPU.
+        In evaluation mode, on the CPU unless `options` say otherwise.
 
     Raises
     ------
@@ -49,7 +51,7 @@ def load_model(source: str, dtype: str = "float32"):
     if source == "embedded":
         from sfmp import embedded
 
-        return embedded.load(dtype=dtype)
+        return embedded.load(dtype=dtype, **options)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name, _, revision = source.partition("@")
@@ -59,7 +61,7 @@ def load_model(source: str, dtype: str = "float32"):
             f"path."
         )
     chosen = {"revision": revision} if revision else {}
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **chosen)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **chosen, **options)
     return model.eval(), AutoTokenizer.from_pretrained(name, **chosen)
 
 
