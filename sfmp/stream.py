@@ -246,6 +246,9 @@ def _offloaded(model):
     maps = [getattr(getattr(module, "_hf_hook", None), "weights_map", None) for module in model.modules()]
     found = next((entry.dataset for entry in maps if entry is not None), None)
     remove_hook_from_submodules(model)
+    for module in model.modules():  # hooks leave the method of the class as an attribute, which copies would inherit
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
     if found is None:
         raise NotStreamable(f"accelerate found no weights of {type(model).__name__} on disk")
     return found
