@@ -16,12 +16,13 @@ from collections import Counter
 import torch
 from torch import nn
 
-from sfmp.awq import SEARCH_TOKENS, search_layer, shared_inputs
+from sfmp.awq import SEARCH_TOKENS, search_layer
 from sfmp.linear import SFMPLinear
 from sfmp.pack import pack
 from sfmp.quantize import dequantize
 from sfmp.solvers import SOLVERS, Stats, rtn
 from sfmp.spec import SfmpError
+from sfmp.trace import shared_inputs
 from sfmp.unfuse import expose_linears, linears_exposed, unknown_fused
 from sfmp.walk import Batch, as_float32, capture, find_layers, in_float32, is_chain, observe, run_layer
 from sfmp.windows import batches_of, checked_windows, probe_of

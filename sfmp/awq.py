@@ -11,12 +11,12 @@ Source: METHOD.md sections 1.6, 2.2 (AWQ, arXiv 2306.00978).
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from sfmp.quantize import column_chunks, decode, dequantize, encode, group_parameters, quantize, row_bits
-from sfmp.scale_groups import NO_CLIP, ScaleGroup, find_groups, fold, trace
+from sfmp.scale_groups import NO_CLIP, ScaleGroup, find_groups, fold
 from sfmp.solvers import Stats
-from sfmp.walk import Batch, first_tensor, observe, run_layer
+from sfmp.trace import shared_inputs
+from sfmp.walk import first_tensor, observe, run_layer
 
 GRID = 20  # exponents r = 0, 1/20, ..., 19/20 of mean|x|
 SMALLEST = 1e-4  # floor of a scale before it is normalised
@@ -53,14 +53,20 @@ def search_layer(layer, planned, batches, probe, index, spec, dtype, shared=froz
         Clip ranges per planned linear (none for linears no token reached, and for those of NO_CLIP); its
         notes hold the exponent of the scale.
     refused : list of str
-        Groups that are not function-preserving, one sentence each.
+        Groups that are not function-preserving and linears that no token reached, one sentence each.
     """
     groups, refused = find_groups(layer, probe, index, planned, shared)
     inspected = {g.inspect for g in groups if g.inspect not in g.linears}
     seen = _observe(layer, planned, inspected, groups, batches, probe, index)
     stats = {name: Stats() for name in planned}
+    if planned and not groups and not refused:
+        refused.append(f"found nothing that a scale for {', '.join(planned)} can be folded into; these linears are "
+                       "quantized without an AWQ scale")
+    unreached = [name for name in planned if name not in seen.inputs]
+    if unreached:
+        refused.append(f"no calibration token of the search reached {', '.join(unreached)}; rounded to nearest")
     for group in groups:
-        if group.linears[0] not in seen.inputs:
+        if all(name in unreached for name in group.linears if name in planned):
             continue
         ratio, scale = search_scale(layer, group, planned, seen, spec)
         for name in group.linears:
@@ -68,8 +74,7 @@ def search_layer(layer, planned, batches, probe, index, spec, dtype, shared=froz
                 stats[name].notes["awq_exponent"] = ratio
         if ratio > 0.0:
             columns = fold(layer, group, scale, dtype)
-            scaled = seen.inputs[group.linears[0]] / columns
-            seen.inputs.update({name: scaled for name in group.linears})
+            seen.scale(group.linears, columns)
     for name, matrix in planned.items():
         if name in seen.inputs and name.rpartition(".")[2] not in NO_CLIP:
             weight = layer.get_submodule(name).weight.detach()
@@ -86,9 +91,19 @@ class _Seen:
         self.outputs = []  # output of the layer per batch
         self._sums = {}  # linear -> (sum of |x| per channel, tokens), all batches
 
-    def mean_abs(self, name):
-        total, tokens = self._sums[name]
-        return total / tokens
+    def mean_abs(self, names):
+        """Mean |x| per channel over what any of the linears read; a tensor that several read counts once."""
+        sums = {id(self._sums[name]): self._sums[name] for name in names if name in self._sums}
+        totals, tokens = zip(*sums.values(), strict=True)
+        return sum(totals) / sum(tokens)
+
+    def scale(self, names, columns):
+        """Divide the inputs of linears; those that read one tensor go on sharing it."""
+        scaled = {}
+        for name in names:
+            if name in self.inputs:
+                inputs = self.inputs[name]
+                self.inputs[name] = scaled.setdefault(id(inputs), (inputs, inputs / columns))[1]
 
     def add(self, name, tokens):
         total, count = self._sums.get(name, (0.0, 0))
@@ -122,16 +137,6 @@ def _observe(layer, planned, inspected, groups, batches, probe, index) -> _Seen:
     return seen
 
 
-def shared_inputs(layer: nn.Module, probe: Batch, index: int, names) -> dict[str, str]:
-    """For each named linear the first one that reads the same tensor (itself when it reads alone)."""
-    seen = trace(layer, probe, index)
-    first, leaders = {}, {}
-    for name in names:
-        if name in seen.inputs and name not in seen.repeated:
-            leaders[name] = first.setdefault(seen.inputs[name], name)
-    return leaders
-
-
 def search_scale(layer, group: ScaleGroup, planned, seen, spec):
     """Best exponent r and the scale mean|x|**r of a group, by the output error of its inspected module.
 
@@ -144,7 +149,7 @@ def search_scale(layer, group: ScaleGroup, planned, seen, spec):
     """
     channels = group.channels(layer)
     weights = {name: layer.get_submodule(name).weight.detach() for name in group.linears if name in planned}
-    strength = seen.mean_abs(group.linears[0])
+    strength = seen.mean_abs(group.linears)
     counts = torch.bincount(channels).to(strength.dtype)
     # Heads that read one channel (grouped-query attention) share its scale.
     strength = torch.zeros_like(counts).index_add_(0, channels, strength) / counts

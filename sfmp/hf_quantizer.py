@@ -55,6 +55,9 @@ class StoredQuantizer(HfQuantizer):
                                 f"{type(model).__name__}; is config.json of another model?")
             model.set_submodule(found, self.empty(entry))
             self._names[name] = found
+            parent = model.get_submodule(found.rpartition(".")[0])
+            if not parent._parameters:  # then its initialisation could only touch weights that are no more (GPT-2 does)
+                parent._is_hf_initialized = True
 
     def update_weight_conversions(self, weight_conversions, model):
         """Leave out what would fuse the experts' matrices that were not quantized, and are stored one by one."""

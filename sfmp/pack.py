@@ -117,7 +117,8 @@ def _stored_affine(scales, zeros, bits, block_rows):
         raise SfmpError("scales, zeros: expected scale/2 and scale·((2^b − 1)/2 − zero) finite in float16, "
                         f"found scale {scales[row, group]} and zero {zeros[row, group]} at row {row}, group "
                         f"{group}; such a weight cannot be stored: rescale or skip the layer")
-    return alpha.T.contiguous(), beta.T.contiguous()
+    # .contiguous() would return the transpose of a single row as it is, with a stride that .view(uint8) refuses.
+    return tuple(half.T.clone(memory_format=torch.contiguous_format) for half in (alpha, beta))
 
 
 def _permutation(key, perm, size):

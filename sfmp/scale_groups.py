@@ -2,43 +2,29 @@
 
 Dividing an operation's output channels by ``s`` and multiplying the matching input columns of the linears
 that read it by ``s`` changes nothing, if nobody else reads that output and everything in between is linear
-in it.  Groups of known layers are declared as data; for all other layers they are discovered: a norm and
-the linears that receive its very output tensor, and pairs of linears (value -> output projection, also
-under grouped-query attention; up -> down). Declared or discovered, a group is used only after a numerical
-test on the layer at hand.
+in it.  No architecture is known here.  Candidates are a norm and all that reads its very output tensor (linears,
+routers, experts), and pairs of linears: value → output projection, also under grouped-query attention and when the
+values are a part of a fused projection; up → down, also when up is a part of a fused one.  A candidate becomes a group
+only if folding leaves the output of the layer at hand as it is.
+
+The proof folds powers of two.  These scale floating-point numbers exactly, so a true group changes no bit of the
+output, in any precision, and no routing decision of experts; only norms that multiply by 1 + w round anew, by 2⁻²⁴ of
+each channel.  `TOLERANCE` lets the layer grow that a thousandfold; a false group misses by 0.1 and more.
 
 Source: METHOD.md sections 1.6 and 1.12 (defects 11, 12, 17).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from sfmp.trace import Trace, trace
+from sfmp.unfuse import RoutedExperts, all_experts
 from sfmp.walk import Batch, run_layer
-
-# (previous operation, linears that read it, module whose output error is inspected), names inside the layer.
-_LLAMA = (
-    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
-    ("self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj"),
-    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
-    ("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
-)
-_OPT = (
-    ("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
-    ("self_attn.v_proj", ("self_attn.out_proj",), "self_attn.out_proj"),
-    ("final_layer_norm", ("fc1",), "fc1"),
-    ("fc1", ("fc2",), "fc2"),
-)
-DECLARED = {
-    "LlamaDecoderLayer": _LLAMA,
-    "MistralDecoderLayer": _LLAMA,
-    "Qwen2DecoderLayer": _LLAMA,
-    "Qwen3DecoderLayer": _LLAMA,
-    "OPTDecoderLayer": _OPT,
-}
 
 # Last path components of the projections whose products with each other go through a softmax; clipping is not
 # searched for them because their own output error says little about the attention it causes (METHOD 1.6).
@@ -47,7 +33,7 @@ NO_CLIP = frozenset({
     "qkv", "qkv_proj", "qkv_linear", "query_key_value", "Wqkv", "W_pack", "c_attn", "in_proj",
 })  # fmt: skip
 
-TOLERANCE = 1e-3  # of what the layer adds to its input; a false group misses by 0.1 and more
+TOLERANCE = 2.0**-14  # of what the layer adds to its input (root mean square)
 _FORMS = ("weight", "one_plus_weight")  # norms that multiply by w, and by 1 + w
 
 
@@ -68,6 +54,9 @@ class ScaleGroup:
     head_dim : int
         For grouped-query attention: previous channels come in heads of this size, each read by several
         heads in a row; 0 when channels correspond one to one.
+    part : (int, int, int) or ()
+        Which outputs of a fused linear the linears read: ``run`` of them from ``first``, then from ``first + step``,
+        and so on. Empty for all.
     """
 
     previous: str
@@ -75,14 +64,23 @@ class ScaleGroup:
     inspect: str
     form: str
     head_dim: int = 0
+    part: tuple[int, ...] = ()
+
+    def outputs(self, layer: nn.Module) -> torch.Tensor:
+        """Outputs of the previous operation that the scale divides, int64 [channels]."""
+        weight = layer.get_submodule(self.previous).weight
+        index = torch.arange(weight.shape[0], device=weight.device)
+        if self.part:
+            first, run, step = self.part
+            index = index[(index >= first) & ((index - first) % step < run)]
+        return index
 
     def channels(self, layer: nn.Module) -> torch.Tensor:
-        """Channel of the previous operation that feeds each input column of the linears, int64 [K]."""
-        previous = layer.get_submodule(self.previous).weight
+        """Entry of the scale that multiplies each input column of the linears, int64 [K]."""
         weight = layer.get_submodule(self.linears[0]).weight
-        index = torch.arange(previous.shape[0], device=weight.device)
+        index = torch.arange(len(self.outputs(layer)), device=weight.device)
         if self.head_dim:
-            repeats = weight.shape[1] // previous.shape[0]
+            repeats = weight.shape[1] // len(index)
             index = index.view(-1, 1, self.head_dim).expand(-1, repeats, -1).reshape(-1)
         return index
 
@@ -95,8 +93,8 @@ def fold(layer: nn.Module, group: ScaleGroup, scale: torch.Tensor, dtype=torch.f
     layer : nn.Module
         In float32.
     group : ScaleGroup
-    scale : Tensor float32 [channels of the previous operation]
-        Positive.
+    scale : Tensor float32 [channels]
+        Positive; one entry for each of ``group.outputs(layer)``.
     dtype : torch.dtype
         The dtype the previous operation will be stored in.
 
@@ -106,10 +104,10 @@ def fold(layer: nn.Module, group: ScaleGroup, scale: torch.Tensor, dtype=torch.f
         Scale of each input column, as really applied: a norm weight is rounded to `dtype` first and the
         linears get the ratio that this rounding left, so folding changes nothing even in half precision.
     """
-    previous = layer.get_submodule(group.previous)
+    previous, outputs = layer.get_submodule(group.previous), group.outputs(layer)
     with torch.no_grad():
         if group.form == "rows":
-            previous.weight.div_(scale[:, None])
+            previous.weight[outputs] /= scale[:, None]
         else:
             offset = 1.0 if group.form == "one_plus_weight" else 0.0
             old = previous.weight + offset
@@ -118,59 +116,11 @@ def fold(layer: nn.Module, group: ScaleGroup, scale: torch.Tensor, dtype=torch.f
             scale = torch.where(new == 0, scale, old / torch.where(new == 0, 1.0, new))
             scale = torch.where(scale > 0, scale, 1.0)
         if getattr(previous, "bias", None) is not None:
-            previous.bias.div_(scale)
+            previous.bias[outputs] /= scale
         columns = scale[group.channels(layer)]
         for name in group.linears:
             layer.get_submodule(name).weight.mul_(columns)
     return columns
-
-
-@dataclass
-class Trace:
-    """What a layer did on the probe: calls of its linears and norms, in order.
-
-    ``inputs`` and ``outputs`` map a module name to the identity of its tensor (address, elements); a module
-    called more than once is in ``repeated`` and in no group.
-    """
-
-    inputs: dict[str, tuple]
-    outputs: dict[str, tuple]
-    norms: list[str]
-    repeated: set[str]
-    result: torch.Tensor
-
-
-def trace(layer: nn.Module, probe: Batch, index: int) -> Trace:
-    """Run the layer on the probe and note which tensor went into and came out of each linear and norm."""
-    found = Trace({}, {}, [], set(), probe.hidden)
-    alive, handles = [], []  # tensors are kept so that an address names one tensor only
-
-    def hook(name, linear):
-        def see(module, args, output):
-            if not args or not isinstance(args[0], torch.Tensor) or not isinstance(output, torch.Tensor):
-                return
-            if not linear and (output.ndim < 1 or output.shape[-1] != module.weight.numel()):
-                return
-            if name in found.outputs:
-                found.repeated.add(name)
-            alive.extend((args[0], output))
-            found.inputs[name] = (args[0].data_ptr(), args[0].numel())
-            found.outputs[name] = (output.data_ptr(), output.numel())
-            if not linear:
-                found.norms.append(name)
-
-        return see
-
-    for name, module in layer.named_modules():
-        weight = module._parameters.get("weight")
-        if isinstance(module, nn.Linear) or (weight is not None and weight.ndim == 1):
-            handles.append(module.register_forward_hook(hook(name, isinstance(module, nn.Linear))))
-    try:
-        found.result = run_layer(layer, probe, index)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def find_groups(layer: nn.Module, probe: Batch, index: int, planned, shared=frozenset()):
@@ -192,63 +142,110 @@ def find_groups(layer: nn.Module, probe: Batch, index: int, planned, shared=froz
     groups : list of ScaleGroup
         In the order of execution.
     refused : list of str
-        One sentence per declared or norm group that did not pass, naming what is lost.
+        One sentence per norm whose group did not pass, naming what is lost.
     """
-    seen = trace(layer, probe, index)
-    declared = DECLARED.get(type(layer).__name__)
-    candidates = _declared(layer, seen, declared) if declared else _norm_groups(seen)
-    groups, refused, covered = [], [], set()
-    for previous, linears, inspected in candidates:
-        if not any(name in planned for name in linears):
-            continue
-        covered.update(linears)
-        group = _prove(layer, probe, index, seen, previous, linears, inspected, shared)
-        if group is None:
-            tied = any(id(p) in shared for n in linears for p in layer.get_submodule(n).parameters())
-            why = "would change a shared weight" if tied else f"changes the output of {type(layer).__name__}"
-            refused.append(f"dividing {previous} and multiplying {', '.join(linears)} {why}; "
-                           "these linears are quantized without an AWQ scale")
-        else:
-            groups.append(group)
-    for linears in _readers(seen, [n for n in planned if n in seen.inputs and n not in covered]):
-        order = [n for n in seen.outputs if n not in seen.norms]
-        earlier = order[: min(order.index(n) for n in linears)]
-        inspected = linears[0] if len(linears) == 1 else _ancestor(linears)
-        for previous in reversed(earlier):
-            group = _prove(layer, probe, index, seen, previous, linears, inspected, shared)
-            if group is not None:
-                groups.append(group)
-                break
-    return groups, refused
+    with all_experts(layer):
+        seen = trace(layer, probe, index)
+        prove = _Prover(layer, probe, index, seen, shared)
+        groups, refused, covered = [], [], set()
+        for previous, linears in seen.after_norms():
+            if not any(name in planned for name in linears):
+                continue
+            covered.update(linears)
+            proved = prove([(previous, linears)])
+            groups += proved
+            if not proved:
+                tied = any(id(p) in shared for n in linears for p in layer.get_submodule(n).parameters())
+                why = "would change a shared weight" if tied else f"changes the output of {type(layer).__name__}"
+                refused.append(f"dividing {previous} and multiplying {', '.join(linears)} {why}; "
+                               "these linears are quantized without an AWQ scale")
+        rest = seen.together([n for n in planned if n in seen.outputs and n not in covered])
+        for family in _families(layer, rest):
+            groups += next(filter(None, map(prove, _predecessors(seen, family))), [])
+    order = list(seen.inputs)
+    return sorted(groups, key=lambda group: order.index(group.linears[0])), refused
 
 
-def _declared(layer, seen, table):
-    names = {name for name, _ in layer.named_modules()}
-    for previous, linears, inspected in table:
-        if {previous, *linears, inspected} <= names and all(n in seen.inputs for n in linears):
-            yield previous, linears, inspected
+def _families(layer, readers):
+    """Sets of linears that one proof decides: (expert, linears) of all experts of a module at once, others alone."""
+    experts = [name for name, module in layer.named_modules() if isinstance(module, RoutedExperts)]
+    pattern = re.compile("|".join(rf"{re.escape(name + '.' if name else '')}\d+\." for name in experts) or r"(?!)")
+    families = {}
+    for linears in readers:
+        expert = pattern.match(linears[0])
+        start = expert.group() if expert else ""
+        key = (re.sub(r"\d+\.$", "", start), *(name[len(start):] for name in linears)) if start else linears
+        families.setdefault(key, []).append((start, linears))
+    return families.values()
 
 
-def _norm_groups(seen):
-    """Norms with the linears that receive their very output tensor."""
-    for norm in seen.norms:
-        readers = tuple(
-            n for n, key in seen.inputs.items() if n not in seen.norms and key == seen.outputs[norm]
-        )
-        if readers:
-            yield norm, readers, readers[0] if len(readers) == 1 else _ancestor(readers)
+def _predecessors(seen, family):
+    """Candidates for a family: the linears that ran before, of the same expert where it is experts'."""
+    start, linears = family[0]
+    for previous in seen.linears_before(linears):
+        if previous.startswith(start):
+            yield [(other + previous[len(start):], names) for other, names in family]
 
 
-def _readers(seen, names):
-    """Linears of `names`, grouped with all linears that read the same tensor."""
-    done = set()
-    for name in names:
-        if name not in done:
-            readers = tuple(
-                n for n, key in seen.inputs.items() if n not in seen.norms and key == seen.inputs[name]
-            )
-            done.update(readers)
-            yield readers
+class _Prover:
+    """Tells whether folding a random scale leaves the output of a layer unchanged."""
+
+    def __init__(self, layer, probe: Batch, index: int, seen: Trace, shared):
+        self.layer, self.probe, self.index, self.seen, self.shared = layer, probe, index, seen, shared
+        update = seen.result - probe.hidden if seen.result.shape == probe.hidden.shape else seen.result
+        self.allowed = TOLERANCE * float(update.square().mean().sqrt())
+        sizes = (getattr(module, "head_dim", 0) for module in layer.modules())
+        self.head_dim = next((size for size in sizes if isinstance(size, int) and size > 0), 0)
+
+    def __call__(self, members) -> list[ScaleGroup]:
+        """The groups that (previous, linears) of all members are in the first form that changes nothing, or none."""
+        names = {name for previous, linears in members for name in (previous, *linears)}
+        touched = [self.layer.get_submodule(name) for name in names]
+        parameters = [p for module in touched for p in module.parameters(recurse=False)]
+        if names & self.seen.repeated or any(id(p) in self.shared for p in parameters):
+            return []
+        saved = [p.detach().clone() for p in parameters]
+        for form in self._forms(*members[0]):
+            groups = [ScaleGroup(previous, linears, linears[0] if len(linears) == 1 else _ancestor(linears), *form)
+                      for previous, linears in members]
+            noise = torch.Generator().manual_seed(0)
+            for group in groups:
+                exponents = torch.randint(-1, 2, (len(group.outputs(self.layer)),), generator=noise)
+                fold(self.layer, group, torch.exp2(exponents.to(parameters[0])))
+            change = (run_layer(self.layer, self.probe, self.index) - self.seen.result).abs().max()
+            for parameter, value in zip(parameters, saved, strict=True):
+                parameter.data.copy_(value)
+            if float(change) <= self.allowed:
+                return groups
+        return []
+
+    def _forms(self, previous, linears):
+        """(form, head_dim, part) worth a proof, by shapes."""
+        produced = self.layer.get_submodule(previous).weight.shape[0]
+        read = self.layer.get_submodule(linears[0]).weight.shape[1]
+        if previous in self.seen.norms:
+            return [(form, 0, ()) for form in _FORMS] if produced == read else []
+        forms = [("rows", size, ()) for size in self._heads(produced, read)]
+        if produced == 2 * read:  # gate and up, one after the other or in turns
+            forms += [("rows", 0, part) for part in ((read, read, produced), (0, read, produced), (1, 1, 2), (0, 1, 2))]
+        values, odd = divmod(produced - read, 2)
+        if values > 0 and not odd:  # queries, keys and values: all heads of each, or each head's (or group's) of all
+            repeats = read // values
+            for size in self._heads(values, read):
+                forms.append(("rows", size, (produced - values, values, produced)))
+            for size in self._heads(values, read, every=True):
+                forms.append(("rows", size if repeats > 1 else 0, ((repeats + 1) * size, size, (repeats + 2) * size)))
+        return forms
+
+    def _heads(self, values, read, every=False):
+        """Head sizes with which `values` channels can feed `read` columns; 0 where they correspond one to one."""
+        if values == read and not every:
+            return [0]
+        if values == 0 or read % values:
+            return []
+        if self.head_dim and values % self.head_dim == 0:
+            return [self.head_dim]
+        return [size for size in range(values, 0, -1) if values % size == 0]
 
 
 def _ancestor(names) -> str:
@@ -258,41 +255,3 @@ def _ancestor(names) -> str:
     while all(len(p) > depth for p in parts) and len({p[depth] for p in parts}) == 1:
         depth += 1
     return ".".join(parts[0][:depth])
-
-
-def _prove(layer, probe, index, seen, previous, linears, inspected, shared):
-    """First variant of a candidate that leaves the layer's output unchanged under a random scale, or None."""
-    if seen.repeated & {previous, *linears}:
-        return None
-    touched = [layer.get_submodule(previous), *(layer.get_submodule(n) for n in linears)]
-    parameters = [p for module in touched for p in module.parameters(recurse=False)]
-    if any(id(p) in shared for p in parameters) or touched[0]._parameters.get("weight") is None:
-        return None
-    produced, read = touched[0].weight.shape[0], touched[1].in_features
-    if isinstance(touched[0], nn.Linear):
-        forms = [("rows", 0)] if produced == read else []
-        if read > produced and read % produced == 0:
-            known = getattr(touched[0], "head_dim", None) or _head_dim(layer)
-            sizes = [d for d in range(produced, 0, -1) if produced % d == 0]
-            forms = [("rows", d) for d in sorted(sizes, key=lambda d: (d != known, -d))]
-    else:
-        forms = [(form, 0) for form in _FORMS] if produced == read else []
-    saved = [p.detach().clone() for p in parameters]
-    noise = torch.Generator().manual_seed(0)
-    scale = torch.exp(torch.rand(produced, generator=noise) * 1.4 - 0.7).to(parameters[0].device)
-    update = seen.result - probe.hidden if seen.result.shape == probe.hidden.shape else seen.result
-    for form, head_dim in forms:
-        group = ScaleGroup(previous, tuple(linears), inspected, form, head_dim)
-        fold(layer, group, scale)
-        change = (run_layer(layer, probe, index) - seen.result).abs().max()
-        for parameter, value in zip(parameters, saved, strict=True):
-            parameter.data.copy_(value)
-        if float(change) <= TOLERANCE * float(update.square().mean().sqrt()):
-            return group
-    return None
-
-
-def _head_dim(layer) -> int:
-    """Head size as some module of the layer declares it, or 0."""
-    sizes = (getattr(module, "head_dim", 0) for module in layer.modules())
-    return next((size for size in sizes if isinstance(size, int) and size > 0), 0)

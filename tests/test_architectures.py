@@ -1,0 +1,123 @@
+"""Every family: quantized by every method, saved, loaded in a fresh process with the same bits; scales proved."""
+
+import warnings
+
+import pytest
+import torch
+from families import FAMILIES, FOLDED, WINDOWS, loaded_afresh, logits, quantized, saved, tiny
+from torch import nn
+
+from sfmp import QuantSpec, make_plan, quantize_model
+from sfmp.salience import linear_modules
+from sfmp.scale_groups import find_groups, fold
+from sfmp.spec import SfmpError
+from sfmp.unfuse import expose_linears
+from sfmp.walk import capture, find_layers
+
+METHODS = ("rtn", "awq", "gptq")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """(family, method) → (same bits in a fresh process, relative error of the logits, account of quantize_model)."""
+    root, made = tmp_path_factory.mktemp("families"), {}
+    for family in FAMILIES:
+        reference = logits(tiny(family))
+        for method in METHODS:
+            model = quantized(tiny(family), method)
+            folder = saved(model, root / f"{family}-{method}")
+            error = (logits(model) - reference).square().mean().sqrt() / reference.std()
+            made[family, method] = folder, float(error), model.sfmp_report
+    equal = loaded_afresh([folder for folder, _, _ in made.values()])
+    return {key: (equal[folder], error, report) for key, (folder, error, report) in made.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_process_finds_the_same_bits(checkpoints, family, method):
+    same, error, report = checkpoints[family, method]
+    assert same and 0.01 < error < 0.6 and not report["refused"]
+    assert method == "rtn" or error < checkpoints[family, "rtn"][1]
+
+
+def _first_layer(model):
+    names = list(linear_modules(model))
+    (stack,) = find_layers(model, names)
+    (probe,) = capture(model, [layer for _, layer in stack], [WINDOWS[:1]])
+    prefix, layer = stack[0]
+    return layer, probe, [name[len(prefix) + 1:] for name in names if name.startswith(prefix + ".")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_leave_the_function_as_it_is(family):
+    """Powers of two change no bit of the logits (1 + w may round once); any scale changes no more than rounding."""
+    model = tiny(family)
+    expose_linears(model)
+    before = logits(model)
+    layer, probe, planned = _first_layer(model)
+    groups, refused = find_groups(layer, probe, 0, planned)
+    assert {group.previous for group in groups} == FOLDED[family] and not refused
+    noise = torch.Generator().manual_seed(2)
+    weights = [layer.get_submodule(name).weight.clone() for group in groups for name in group.linears]
+    for group in groups:
+        exponents = torch.randint(-2, 3, (len(group.outputs(layer)),), generator=noise)
+        fold(layer, group, torch.exp2(exponents.float()))
+    changed = [layer.get_submodule(name).weight for group in groups for name in group.linears]
+    assert not any(torch.equal(old, new) for old, new in zip(weights, changed, strict=True))
+    rounds = any(group.form == "one_plus_weight" for group in groups)
+    assert (logits(model) - before).abs().max() <= (1e-5 * before.std() if rounds else 0)
+    for group in groups:
+        fold(layer, group, torch.exp(torch.randn(len(group.outputs(layer)), generator=noise) / 2))
+    assert (logits(model) - before).abs().max() < 1e-4 * before.std()
+
+
+def test_a_scale_in_the_wrong_place_is_seen():
+    """The check above can fail: keys of a fused projection are no values."""
+    model = tiny("GPTNeoX")
+    before = logits(model)
+    layer, probe, planned = _first_layer(model)
+    groups, _ = find_groups(layer, probe, 0, planned)
+    group = next(group for group in groups if group.part)
+    assert group.part == (32, 16, 48)
+    wrong = type(group)(group.previous, group.linears, group.inspect, group.form, 0, (16, 16, 48))
+    fold(layer, wrong, torch.rand(64) + 0.5)
+    assert (logits(model) - before).abs().max() > 0.05 * before.std()
+
+
+class _Unknown(nn.Module):
+    """A family nobody knows: no norm module in front of its linears, and nothing linear between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = None
+        self.layers = nn.ModuleList(nn.ModuleDict({"first": nn.Linear(32, 48), "second": nn.Linear(48, 32)})
+                                    for _ in range(2))
+        self.mixed = nn.Parameter(torch.randn(3, 32, 32))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer["second"](torch.tanh(layer["first"](x / x.norm(dim=-1, keepdim=True))))
+        return x @ self.mixed.sum(0)
+
+
+def test_an_unknown_family_is_quantized_without_scales_and_says_so():
+    torch.manual_seed(0)
+    model, tokens = _Unknown().eval(), torch.randn(64, 32)
+    spec = QuantSpec(bpw=9.0, group_size=32, block_rows=32, levels=(8,), method="awq")
+    plan = make_plan({name: linear.weight.detach().square() for name, linear in linear_modules(model).items()}, spec)
+    with torch.no_grad():
+        before = model(tokens)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            quantize_model(model, plan, tokens)
+        assert (model(tokens) - before).abs().max() < 0.05 * before.std()
+    said = " / ".join(str(warning.message) for warning in caught)
+    assert "mixed: these 3-D parameters stay as they are" in said
+    assert "a scale for" in said and "layers.0.first" in said and "quantized without an AWQ scale" in said
+
+
+def test_an_embedding_is_no_linear_layer(tiny_llama):
+    salience = {"model.embed_tokens": tiny_llama.model.embed_tokens.weight.detach().square()}
+    spec = QuantSpec(bpw=4.0, group_size=32, block_rows=32, levels=(2, 3, 4), method="rtn")
+    with pytest.raises(SfmpError, match=r"embed_tokens: the plan expects an nn.Linear, found Embedding"):
+        quantize_model(tiny_llama, make_plan(salience, spec))
