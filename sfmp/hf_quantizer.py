@@ -60,7 +60,7 @@ class StoredQuantizer(HfQuantizer):
                 parent._is_hf_initialized = True
 
     def update_weight_conversions(self, weight_conversions, model):
-        """Leave out what would fuse the experts' matrices that were not quantized, and are stored one by one."""
+        """Leave out what would fuse experts that are stored one by one, as a bare base model would have it."""
         alone = [f"{path}.{name}" for path, module in model.named_modules() if isinstance(module, RoutedExperts)
                  for name in module.state_dict()]
         kept = [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)
