@@ -178,7 +178,7 @@ def save_checkpoint(model: nn.Module, folder, tokenizer=None, **options) -> Path
     try:
         model.save_pretrained(new, **options)
         if tokenizer is not None:
-            tokenizer.save_pretrained(new)
+            save_tokenizer(tokenizer, new)
         save_model_card(model, new)
         if folder.exists():
             os.replace(folder, old)
@@ -187,6 +187,14 @@ def save_checkpoint(model: nn.Module, folder, tokenizer=None, **options) -> Path
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
     return folder
+
+
+def save_tokenizer(tokenizer, folder) -> None:
+    """Save a tokenizer without what it says about how it was loaded, such as without a network."""
+    options = getattr(tokenizer, "init_kwargs", {})
+    for key in ("is_local", "local_files_only"):
+        options.pop(key, None)
+    tokenizer.save_pretrained(folder)
 
 
 def _untie(model, layers):

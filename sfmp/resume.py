@@ -127,11 +127,13 @@ def workplace(out: Path, identity: Mapping[str, str], *, resume: bool,
         except OSError as error:
             raise SfmpError(f"{folder}: expected no other run that makes {out}, found one; wait for it or end it"
                             ) from error
+        begun = resume and (folder / _IDENTITY).exists()
         finished = _prepare(folder, out, identity, resume)
         try:
             yield folder, finished
         except SfmpError:
-            shutil.rmtree(folder)  # nothing to continue: the same input ends here again
+            if not begun:  # nothing to continue: the same input ends here again
+                shutil.rmtree(folder)
             raise
         if not finished:
             _move(folder, out, overwrite)

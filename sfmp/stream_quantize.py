@@ -20,7 +20,7 @@ from sfmp.awq import SEARCH_TOKENS
 from sfmp.checkpoint import describe
 from sfmp.checks import write_atomically
 from sfmp.compact_salience import load_problem, merged, save_problem
-from sfmp.hf import attach
+from sfmp.hf import attach, save_tokenizer
 from sfmp.linear import SFMPLinear
 from sfmp.progress import counter
 from sfmp.resume import made
@@ -173,7 +173,7 @@ def assemble(stream: LayerStream, plan: Plan, folder, tokenizer, *, origin=None,
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
         model.save_pretrained(made(folder), max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(made(folder))
+    save_tokenizer(tokenizer, made(folder))
     save_model_card(None, made(folder))
 
 
