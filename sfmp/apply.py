@@ -14,7 +14,6 @@ import warnings
 from collections import Counter
 
 import torch
-from torch import nn
 
 from sfmp.awq import SEARCH_TOKENS, search_layer
 from sfmp.linear import SFMPLinear
@@ -23,7 +22,7 @@ from sfmp.quantize import dequantize
 from sfmp.solvers import SOLVERS, Stats, rtn
 from sfmp.spec import SfmpError
 from sfmp.trace import shared_inputs
-from sfmp.unfuse import expose_linears, linears_exposed, unknown_fused
+from sfmp.unfuse import expose_linears, is_linear, linears_exposed, unknown_fused
 from sfmp.walk import Batch, as_float32, capture, find_layers, in_float32, is_chain, observe, run_layer
 from sfmp.windows import batches_of, checked_windows, probe_of
 
@@ -249,7 +248,7 @@ def _check_modules(model, plan):
     modules = dict(model.named_modules())
     for name, matrix in plan.items():
         module = modules.get(name)
-        if not isinstance(module, nn.Linear):
+        if module is None or not is_linear(module):
             found = "nothing of that name" if module is None else type(module).__name__
             raise SfmpError(f"{name}: the plan expects an nn.Linear, found {found}; is it for this model?")
         if tuple(module.weight.shape) != matrix.shape:

@@ -55,9 +55,10 @@ class StoredQuantizer(HfQuantizer):
                                 f"{type(model).__name__}; is config.json of another model?")
             model.set_submodule(found, self.empty(entry))
             self._names[name] = found
-            parent = model.get_submodule(found.rpartition(".")[0])
-            if not parent._parameters:  # then its initialisation could only touch weights that are no more (GPT-2 does)
-                parent._is_hf_initialized = True
+            # Some models initialise weights of their children by name (GPT-2 its c_proj): they find one that is done.
+            done = torch.empty(0)
+            done._is_hf_initialized = True
+            model.get_submodule(found).weight = done
 
     def update_weight_conversions(self, weight_conversions, model):
         """Leave out what would fuse experts that are stored one by one, as a bare base model would have it."""
@@ -77,6 +78,7 @@ class StoredQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, found in self._names.items():
             layer = model.get_submodule(found)
+            del layer.weight
             for key in self.halves:  # a keep-in-float32 rule of the architecture may have widened them
                 if getattr(layer, key).dtype == torch.float32:
                     setattr(layer, key, getattr(layer, key).half())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 
@@ -70,6 +71,19 @@ class InputRecord(contextlib.ExitStack):
             self._calls[name].append((number, changes))
 
         return note
+
+    def leave_bypassed(self, used: Iterable[str]) -> set[str]:
+        """Drop and return those of `used` whose layer was never called: other code multiplies by their weight itself.
+
+        Such a weight (dt_proj of Mamba) must stay a tensor. A warning names them.
+        """
+        bypassed = {name for name in used if not self._calls[name]}
+        for name in bypassed:
+            del self._calls[name]
+        if bypassed:
+            warnings.warn(f"{', '.join(sorted(bypassed))}: used without calling the layer, so it can not be replaced; "
+                          "left as it is", stacklevel=4)
+        return bypassed
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Names by equal calls, in the order of the layers; who was never called is alone."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from sfmp.checks import SfmpError, is_skipped, write_atomically
 from sfmp.readers import InputRecord, Salience
-from sfmp.unfuse import on_linears
+from sfmp.unfuse import is_linear, on_linears
 from sfmp.windows import one_window
 
 LossFn = Callable[[nn.Module, torch.Tensor], torch.Tensor]
@@ -25,7 +25,7 @@ def linear_modules(model: nn.Module, skip: Iterable[str] = ("lm_head",)) -> dict
     A module reachable by several names appears once, under the first. Raises SfmpError if none is left.
     """
     found = {name: module for name, module in model.named_modules()
-             if isinstance(module, nn.Linear) and not is_skipped(name, skip)}
+             if is_linear(module) and not is_skipped(name, skip)}
     if not found:
         raise SfmpError(f"model: expected at least one nn.Linear outside skip={tuple(skip)}, "
                         f"found none in {type(model).__name__}")
@@ -107,7 +107,9 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
     unused = [name for name, weight in weights.items() if weight not in reached]
     if unused:
         warnings.warn(f"no gradient reached {', '.join(unused)}: their salience is zero", stacklevel=3)
-    return finished({name: sums[weight] for name, weight in weights.items()}, record.groups())
+    bypassed = record.leave_bypassed(name for name, weight in weights.items() if weight in reached)
+    kept = {name: sums[weight] for name, weight in weights.items() if name not in bypassed}
+    return finished(kept, record.groups())
 
 
 def backward_passes(model: nn.Module, windows, loss_fn: LossFn | None, title: str, progress: bool) -> None:

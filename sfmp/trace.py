@@ -24,7 +24,7 @@ class Trace:
         Modules with a 2-D weight (linears, and routers of experts) → identity of the tensor they read (address,
         elements).
     outputs : dict of str to tuple
-        Linears and norms → identity of what they returned.
+        Modules with a weight that return one tensor → its identity.
     norms : list of str
     repeated : set of str
         Modules called more than once; they are in no group.
@@ -59,7 +59,7 @@ class Trace:
                 yield readers
 
     def linears_before(self, names) -> list[str]:
-        """Linears that ran before the first of the named, the last one first."""
+        """Modules with a 2-D weight that ran before the first of the named, the last one first."""
         order = [name for name in self.outputs if name not in self.norms]
         return order[: min(order.index(name) for name in names if name in self.outputs)][::-1]
 
@@ -83,7 +83,7 @@ def trace(layer: nn.Module, probe: Batch, index: int) -> Trace:
                 found.norms.append(name)
             else:
                 found.inputs[name] = (args[0].data_ptr(), args[0].numel())
-            if is_norm or isinstance(module, nn.Linear):
+            if returned:
                 found.outputs[name] = (output.data_ptr(), output.numel())
 
         return see

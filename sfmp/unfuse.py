@@ -177,6 +177,11 @@ def all_experts(layer: nn.Module):
             module.everyone = False
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is nn.Linear in what it computes; a router that only derives from it is not."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D, a linear layer that stores its weight as [K, N]."""
     return type(module).__name__ == "Conv1D" and {"nf", "nx"} <= vars(module).keys()

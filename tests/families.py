@@ -33,10 +33,12 @@ FAMILIES = {
     "Phi3": _GATED,
     "OPT": _BASE | {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "GPT2": _GPT2,
+    "GPTJ": _GPT2 | {"rotary_dim": 8},
     "GPTNeoX": _BASE | {"intermediate_size": 128},
     "Mixtral": _EXPERTS | {"num_local_experts": 4},
     "Qwen2Moe": _EXPERTS | {"num_experts": 5, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 64},
     "Qwen3Moe": _EXPERTS | {"num_experts": 5, "moe_intermediate_size": 48, "head_dim": 16},
+    "Phimoe": _EXPERTS | {"num_local_experts": 4},
     "GptOss": _EXPERTS | {"num_local_experts": 4, "head_dim": 16},
 }
 
@@ -62,10 +64,12 @@ FOLDED = {
     "Phi3": _NORMS | {"self_attn.qkv_proj", "mlp.gate_up_proj"},
     "OPT": {"self_attn_layer_norm", "self_attn.v_proj", "final_layer_norm", "fc1"},
     "GPT2": {"ln_1", "attn.c_attn", "ln_2"},
+    "GPTJ": {"ln_1", "attn.v_proj"},
     "GPTNeoX": _NORMS | {"attention.query_key_value"},
     "Mixtral": _experts(4),
     "Qwen2Moe": _experts(5) | {"mlp.shared_expert.up_proj"},
     "Qwen3Moe": _experts(5),
+    "Phimoe": _experts(4),
     "GptOss": _NORMS | {"self_attn.v_proj"},
 }
 

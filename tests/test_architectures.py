@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, FOLDED, WINDOWS, loaded_afresh, logits, quantized, saved, tiny
 from torch import nn
 
-from sfmp import QuantSpec, make_plan, quantize_model
+from sfmp import QuantSpec, fisher_salience, make_plan, quantize_model
 from sfmp.salience import linear_modules
 from sfmp.scale_groups import find_groups, fold
 from sfmp.spec import SfmpError
@@ -114,6 +114,29 @@ def test_an_unknown_family_is_quantized_without_scales_and_says_so():
     said = " / ".join(str(warning.message) for warning in caught)
     assert "mixed: these 3-D parameters stay as they are" in said
     assert "a scale for" in said and "layers.0.first" in said and "quantized without an AWQ scale" in said
+
+
+class _Bypass(nn.Module):
+    """One linear is called, of one only the weight is used, and one is a router that derives from nn.Linear."""
+
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).softmax(-1), None
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.used, self.router = nn.Linear(32, 32), nn.Linear(32, 32), self.Router(32, 32)
+
+    def forward(self, x):
+        return (self.called(x) @ self.used.weight.T) * self.router(x)[0]
+
+
+def test_what_is_not_called_as_a_linear_layer_is_left_alone():
+    torch.manual_seed(0)
+    model = _Bypass()
+    with pytest.warns(UserWarning, match="^used: used without calling the layer"):
+        salience = fisher_salience(model, torch.randn(3, 4, 32), loss_fn=lambda m, x: m(x).square().sum())
+    assert list(salience) == ["called"] and salience.readers == (("called",),)
 
 
 def test_an_embedding_is_no_linear_layer(tiny_llama):
