@@ -227,7 +227,8 @@ def test_the_replaced_checkpoint_survives_between_the_renames(tmp_path, monkeypa
 
 
 def test_bad_input_leaves_no_work_but_what_was_there(tmp_path):
-    with (pytest.raises(KeyboardInterrupt), workplace(tmp_path / "out", {}, resume=False, overwrite=False) as (work, _)):
+    with (pytest.raises(KeyboardInterrupt),
+          workplace(tmp_path / "out", {}, resume=False, overwrite=False) as (work, _)):
         (work / "layer").write_text("hours")
         raise KeyboardInterrupt
     with pytest.raises(SfmpError, match="the disk"), workplace(tmp_path / "out", {}, resume=True, overwrite=False):
