@@ -31,7 +31,7 @@ from sfmp.checkpoint import (
     layout,
 )
 from sfmp.checks import SfmpError
-from sfmp.hf_quantizer import StoredQuantizer
+from sfmp.hf_quantizer import StoredQuantizer, keep_names
 from sfmp.linear import SFMPLinear
 
 METHOD = "sfmp"
@@ -148,6 +148,7 @@ def adopt(model, layers, quantizer, config_of, source=None) -> nn.Module:
     config.quantization_config = config_of(_source(config, source))
     config._is_quantized = True
     model.hf_quantizer = quantizer(config.quantization_config, pre_quantized=True)
+    keep_names(model)
     model.is_quantized, model.quantization_method = True, config.quantization_config.quant_method
     return model
 

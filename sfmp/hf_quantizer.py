@@ -91,6 +91,7 @@ class StoredQuantizer(HfQuantizer):
         config = self.quantization_config
         config.modules = {name: self.describe(layer) for name, layer in self._layers(model).items()}
         model.config.quantization_config = config
+        keep_names(model)
         return None, {}
 
     def _dequantize(self, model, dtype=None):
@@ -105,6 +106,7 @@ class StoredQuantizer(HfQuantizer):
         with torch.device("meta"):
             original = type(model)(model.config)
         fuse_linears(model, original)
+        model._weight_conversions = None  # the architecture's own again
         return model
 
     def _layers(self, model):
@@ -116,6 +118,14 @@ class StoredQuantizer(HfQuantizer):
     @property
     def is_trainable(self):
         return False
+
+
+def keep_names(model) -> None:
+    """Make transformers save tensors under the names that they have in the model, which are those in config.json.
+
+    It would rename to what the architecture's first checkpoints had (Mixtral's ``mlp`` to ``block_sparse_moe``).
+    """
+    model._weight_conversions = []
 
 
 def _find(model, name):

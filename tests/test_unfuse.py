@@ -18,7 +18,9 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import sfmp.apply
 from sfmp import QuantSpec, fisher_salience, make_plan
+from sfmp.checkpoint import read_headers
 from sfmp.hf import quantized_layers
+from sfmp.inspection import bits_by_layer_table, bits_frame, read_checkpoint
 from sfmp.salience import SALIENCE_SOURCES
 from sfmp.scale_groups import find_groups, fold
 from sfmp.solvers import gptq
@@ -155,6 +157,17 @@ def test_experts_without_tokens_are_named_and_still_stored(tmp_path):
         assert len(quantized_layers(model)) == 2 * (4 + 32)
         folders.append(saved(model, tmp_path / method))
     assert all(loaded_afresh(folders).values())
+
+
+def test_tensors_are_stored_under_the_names_in_the_configuration(tmp_path):
+    """transformers saves a Mixtral under other names than it has in memory, and would so save its packed matrices."""
+    model = quantized(tiny("Mixtral"), "rtn")
+    for folder in (tmp_path / "first", tmp_path / "again"):
+        model.save_pretrained(folder)
+        assert set(read_headers(folder.glob("*.safetensors"))) == set(model.state_dict())
+        table = bits_by_layer_table(bits_frame(read_checkpoint(folder).matrices))
+        assert list(table.index) == ["0", "1", "all"] and {"gate_up", "down", "q", "o"} < set(table.columns)
+        model = AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_some_of_an_experts_matrices_bfloat16_and_dequantized(tmp_path):
