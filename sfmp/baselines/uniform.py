@@ -13,8 +13,10 @@ from sfmp.checks import SfmpError
 from sfmp.cost import CostRecord
 from sfmp.salience import linear_modules
 from sfmp.spec import BlockGrid, MatrixPlan, Plan, QuantSpec
+from sfmp.unfuse import on_linears
 
 
+@on_linears
 def uniform_plan(model, bpw: float, group_size: int, method: str, *, skip=("lm_head",), seed: int = 0) -> Plan:
     """Plan that gives every weight the same whole number of bits, without reordering.
 
