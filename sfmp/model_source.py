@@ -77,7 +77,7 @@ def skeleton(source: str):
     def read():
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        from sfmp.stages import load_tokenizer
+        from sfmp.stages import load_tokenizer, located
 
         name, options = located(source)
         config = AutoConfig.from_pretrained(name, **options)
@@ -95,18 +95,6 @@ def check_unquantized(source: str, config) -> None:
         method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
         raise SfmpError(f"model {source!r}: expected one that is not quantized, found quant_method {method}; give the "
                         "model it was made from")
-
-
-def located(source: str) -> tuple[str, dict]:
-    """Return what ``from_pretrained`` is to be called with: a folder or ``owner/name``, and the revision if any."""
-    if source == "embedded":
-        from sfmp.embedded import FOLDER
-
-        return str(FOLDER), {}
-    if Path(source).is_dir():
-        return source, {}
-    name, _, revision = source.partition("@")
-    return name, {"revision": revision} if revision else {}
 
 
 def _read(source, load):

@@ -21,7 +21,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sfmp.checks import SfmpError, write_atomically
-from sfmp.model_source import check_new, located
+from sfmp.model_source import check_new
+from sfmp.stages import located
 
 _SMALL_FILES, _WEIGHT_FILES = (".json", ".model", ".txt", ".jinja"), (".safetensors", ".bin")
 _IDENTITY, _LOCK, _MADE, _COMPLETE, _OLD = "identity.json", "lock", "made", "complete", "old"

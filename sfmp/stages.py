@@ -54,15 +54,27 @@ def load_model(source: str, dtype: str = "float32", **options):
         return embedded.load(dtype=dtype, **options)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name, _, revision = source.partition("@")
-    if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") != 1):
-        raise SfmpError(
-            f"model {source!r}: expected embedded, a checkpoint folder or owner/name@revision; check the "
-            f"path."
-        )
-    chosen = {"revision": revision} if revision else {}
+    name, chosen = located(source)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **chosen, **options)
     return model.eval(), AutoTokenizer.from_pretrained(name, **chosen)
+
+
+def located(source: str) -> tuple[str, dict]:
+    """Return what ``from_pretrained`` is to be called with: a folder or ``owner/name``, and the revision if any.
+
+    Raises SfmpError if `source` looks like a folder and is none.
+    """
+    if source == "embedded":
+        from sfmp.embedded import FOLDER
+
+        return str(FOLDER), {}
+    name, _, revision = source.partition("@")
+    if Path(source).is_dir():
+        return source, {}
+    if name.startswith((".", "/")) or name.count("/") != 1:
+        raise SfmpError(f"model {source!r}: expected embedded, a checkpoint folder or owner/name@revision; check the "
+                        "path.")
+    return name, {"revision": revision} if revision else {}
 
 
 def _no_bars():
@@ -129,9 +141,5 @@ def load_tokenizer(source: str):
     _no_bars()
     from transformers import AutoTokenizer
 
-    if source == "embedded":
-        from sfmp.embedded import FOLDER
-
-        return AutoTokenizer.from_pretrained(FOLDER)
-    name, _, revision = source.partition("@")
-    return AutoTokenizer.from_pretrained(name, **({"revision": revision} if revision else {}))
+    name, options = located(source)
+    return AutoTokenizer.from_pretrained(name, **options)

@@ -49,10 +49,11 @@ def contents(folder):
 
 
 def quantize_until_killed(arguments, kills):
-    """In forked processes, run the command again and again, ended by SIGKILL at its n-th rename for each n of `kills`.
+    """In forked processes, run the command again and again, ended by SIGKILL at its n-th rename for each n of `kills`,
+    until one ends well.
 
-    Before or after the rename by turns. Prints the exit statuses as JSON: -9 for each kill, and of a last run that
-    nobody ends.
+    Before or after the rename by turns. Prints the exit statuses as JSON: -9 for each kill, and of the last run,
+    which nobody ends.
     """
     import sfmp.stream_quantize  # noqa: F401  loaded once, before the forks
     from sfmp import cli
@@ -65,6 +66,8 @@ def quantize_until_killed(arguments, kills):
                 _die_at(kill, after=number % 2 == 0)
             os._exit(cli.main([*arguments, *(["--resume"] if number else [])]))
         statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        if statuses[-1] == 0:
+            break
     print(json.dumps(statuses), flush=True)
 
 
