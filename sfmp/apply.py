@@ -67,10 +67,7 @@ def quantize_model(model, plan, windows=None, *, progress=False, solver=None, ne
     if method != "rtn":
         windows = checked_windows(model, windows, method)
     linears = planned_linears(model, plan)
-    left = unknown_fused(model)
-    if left:
-        warnings.warn(f"{', '.join(left)}: these 3-D parameters stay as they are; only linear layers, Conv1D and the "
-                      "fused experts of transformers are quantized", stacklevel=2)
+    warn_of_unknown(model)
     training = [name for name, module in model.named_modules() if module.training]
     model.eval()
     report = {"method": method, "matrices": {}, "refused": []}
@@ -92,6 +89,14 @@ def quantize_model(model, plan, windows=None, *, progress=False, solver=None, ne
 
     attach(model, plan)
     return model
+
+
+def warn_of_unknown(model) -> None:
+    """Warn of parameters that hold several matrices in a way nobody here knows: they are not quantized."""
+    left = unknown_fused(model)
+    if left:
+        warnings.warn(f"{', '.join(left)}: these 3-D parameters stay as they are; only linear layers, Conv1D and the "
+                      "fused experts of transformers are quantized", stacklevel=3)
 
 
 class Job:

@@ -2,20 +2,25 @@
 
 import contextlib
 import importlib
-import json
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import nn
 
-from sfmp.checks import SfmpError, is_skipped, write_atomically
-from sfmp.readers import InputRecord, Salience
+from sfmp.checks import SfmpError, is_skipped
+from sfmp.progress import bar
+from sfmp.readers import InputRecord
+from sfmp.salience_file import finished, load_salience, salience_meta, save_salience
+from sfmp.salience_memory import accumulators, checkpointed
 from sfmp.unfuse import is_linear, on_linears
 from sfmp.windows import one_window
 
+__all__ = ["SALIENCE_SOURCES", "activation_salience", "backward_passes", "causal_lm_loss", "finished",
+           "fisher_salience", "gradients_only_for", "linear_modules", "load_salience", "magnitude_salience",
+           "random_salience", "salience_meta", "save_salience"]
 LossFn = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 
@@ -47,7 +52,8 @@ def causal_lm_loss(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
 
 @on_linears
 def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_head",), progress: bool = False,
-                    loss_fn: LossFn | None = None) -> dict[str, torch.Tensor]:
+                    loss_fn: LossFn | None = None, checkpointing: bool = False,
+                    accumulate=None) -> dict[str, torch.Tensor]:
     """Sum squared per-sample gradients of every linear weight: the diagonal of the empirical Fisher matrix.
 
     Parameters
@@ -62,6 +68,10 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
         Show a progress bar.
     loss_fn : callable (model, sample) -> scalar, optional
         Default `causal_lm_loss`.
+    checkpointing : bool
+        Keep only what enters each layer and compute the rest again: less memory, a third more time, the same numbers.
+    accumulate : None, "cpu" or path of a folder
+        Where the sums are: beside the weights, in the memory of the CPU, or in files there, which the result maps.
 
     Returns
     -------
@@ -78,7 +88,8 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
     Notes
     -----
     Peak memory is the model, the activations of one sample, one gradient and the fp32 accumulators: a hook
-    squares and frees each gradient as soon as it is made. Squares and sums are fp32 whatever the dtype.
+    squares and frees each gradient as soon as it is made; `sfmp.stream_salience` needs one layer of it at a time.
+    Squares and sums are fp32 whatever the dtype.
     Source: METHOD.md 1.2; avoids 1.12 #1.
     """
     layers = linear_modules(model, skip)
@@ -89,17 +100,16 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
     if any(weight.dtype == torch.float16 for weight in weights.values()):
         warnings.warn("fisher_salience: the model is float16, whose gradients underflow below 6e-8; load it in "
                       "float32 or bfloat16", stacklevel=2)
-    sums = {weight: torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
-            for weight in weights.values()}
+    sums = accumulators(weights.values(), accumulate)
     reached = set()
 
     def consume(weight):
-        gradient = weight.grad.float()
+        gradient = weight.grad.to(sums[weight].device, torch.float32)
         weight.grad = None
         sums[weight].addcmul_(gradient, gradient)
         reached.add(weight)
 
-    with gradients_only_for(model, sums), contextlib.ExitStack() as hooks:
+    with gradients_only_for(model, sums), checkpointed(model, layers, checkpointing), contextlib.ExitStack() as hooks:
         record = hooks.enter_context(InputRecord(layers))
         for weight in sums:
             hooks.callback(weight.register_post_accumulate_grad_hook(consume).remove)
@@ -119,7 +129,7 @@ def backward_passes(model: nn.Module, windows, loss_fn: LossFn | None, title: st
     """
     loss_fn, count = loss_fn or causal_lm_loss, -1
     with torch.enable_grad():
-        for count, window in enumerate(_progress(windows, title, progress)):
+        for count, window in enumerate(bar(windows, title, "window", progress)):
             loss = loss_fn(model, window)
             if not torch.is_tensor(loss) or loss.numel() != 1 or not loss.requires_grad:
                 raise SfmpError(f"loss of window {count}: expected a scalar that depends on a linear weight, "
@@ -161,7 +171,7 @@ def activation_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm
         record = hooks.enter_context(InputRecord(layers))
         for layer in squares:
             hooks.callback(layer.register_forward_pre_hook(observe).remove)
-        for window in _progress(windows, "activations", progress):
+        for window in bar(windows, "activations", "window", progress):
             forward(model, window)
     unseen = [name for name, layer in layers.items() if not tokens[layer]]
     if len(unseen) == len(layers):
@@ -198,53 +208,6 @@ SALIENCE_SOURCES: dict[str, Callable] = {
 }
 
 
-def save_salience(salience: Mapping[str, torch.Tensor], path, meta: Mapping | None = None) -> None:
-    """Write name -> float32 [N, K], its `readers` if known and JSON-able `meta` to one safetensors file, atomically."""
-    from safetensors.numpy import save_file
-
-    tensors = {name: _checked(name, torch.as_tensor(value)).numpy() for name, value in salience.items()}
-    # One metadata key only: safetensors writes several in an order that differs from run to run.
-    readers = getattr(salience, "readers", None)
-    known = {} if readers is None else {"readers": readers}
-    record = {"sfmp_salience": json.dumps({"format_version": 1, **(meta or {}), **known}, sort_keys=True)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=record))
-
-
-def load_salience(path) -> Salience:
-    """Read what `save_salience` wrote; raises SfmpError naming a matrix that is negative, NaN or infinite."""
-    with _opened(path) as file:
-        readers = _record(path, file).get("readers")
-        return Salience({name: _checked(f"{path}: {name}", file.get_tensor(name)) for name in file.keys()}, readers)
-
-
-def salience_meta(path) -> dict:
-    """Return the `meta` stored with a salience file."""
-    with _opened(path) as file:
-        return {key: value for key, value in _record(path, file).items() if key != "readers"}
-
-
-def _record(path, file):
-    record = (file.metadata() or {}).get("sfmp_salience")
-    if record is None:
-        raise SfmpError(f"{path}: expected a file written by save_salience, found another safetensors file")
-    meta = json.loads(record)
-    if meta.pop("format_version", None) != 1:
-        raise SfmpError(f"{path}: expected salience of format_version 1; compute it again with this version")
-    return meta
-
-
-@contextlib.contextmanager
-def _opened(path):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise SfmpError(f"{path}: expected a file of save_salience, found a damaged one: {error}") from error
-    with file as opened:
-        yield opened
-
-
 @contextlib.contextmanager
 def gradients_only_for(model, wanted):
     """Evaluation mode, gradients for the wanted parameters only and no cache of keys; restores everything."""
@@ -268,33 +231,3 @@ def gradients_only_for(model, wanted):
             parameter.grad = gradient
         if cache is not None:
             config.use_cache = cache
-
-
-def _progress(items, title, show):
-    if not show:
-        return items
-    from tqdm.auto import tqdm
-
-    return tqdm(items, desc=title, unit="window")
-
-
-def _checked(name, value):
-    value = value.detach().float().cpu().contiguous()
-    if value.ndim != 2 or value.numel() == 0:
-        raise SfmpError(f"{name}: expected a salience matrix [N, K], found shape {tuple(value.shape)}")
-    low, high = torch.aminmax(value)  # NaN propagates, and no mask as large as the matrix is made
-    if not (low >= 0 and high < torch.inf):
-        raise SfmpError(f"{name}: expected finite salience >= 0, found {_worst(value)}; "
-                        "compute it again with the model in float32 or bfloat16")
-    return value
-
-
-def _worst(value):
-    for title, mask in (("NaN", value.isnan()), ("infinite", value.isinf()), ("negative", value < 0)):
-        if mask.any():
-            return f"{int(mask.sum())} {title} of {value.numel()} values"
-
-
-def finished(salience: Mapping[str, torch.Tensor], readers=None) -> Salience:
-    """Return every matrix as float32 on the CPU; raises SfmpError naming one that is negative or not finite."""
-    return Salience({name: _checked(name, value) for name, value in salience.items()}, readers)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from sfmp.allocate import block_problem, solve
-from sfmp.apply import Job
+from sfmp.apply import Job, warn_of_unknown
 from sfmp.awq import SEARCH_TOKENS
 from sfmp.checkpoint import describe
 from sfmp.checks import write_atomically
@@ -87,6 +87,7 @@ def quantize_layers(stream: LayerStream, plan: Plan, windows, folder, progress: 
     inside = [[name for name in plan if name.startswith(f"{prefix}.")] for prefix, _ in stream.layers]
     first = next((index for index in range(depth) if not _layer_file(folder, index).exists()), depth)
     stream.exposed = list(plan)
+    warn_of_unknown(stream.model)
     finished = sum(map(len, inside[:first]))
     with counter(len(plan), "quantize", "matrix", progress, finished) as done:
         calibrated = first < depth and spec.method != "rtn"

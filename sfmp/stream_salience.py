@@ -24,6 +24,7 @@ from sfmp.checks import SfmpError, write_atomically
 from sfmp.progress import bar
 from sfmp.readers import InputRecord, Salience
 from sfmp.salience import backward_passes, finished, gradients_only_for, linear_modules
+from sfmp.salience_memory import accumulators
 from sfmp.stream import LayerStream, passed_through
 from sfmp.walk import capture, first_tensor
 from sfmp.windows import one_window
@@ -132,8 +133,7 @@ def _backward(stream, layer, index, batches, folder, skip):
     prefix = stream.layers[index][0]
     linears = {name: module for name, module in linear_modules(stream.model, skip).items()
                if name.startswith(f"{prefix}.")}
-    sums = {module.weight: torch.zeros_like(module.weight, dtype=torch.float32, requires_grad=False)
-            for module in linears.values()}
+    sums = accumulators(module.weight for module in linears.values())
     reached, gradients = set(), []
 
     def consume(weight):
@@ -159,7 +159,9 @@ def _backward(stream, layer, index, batches, folder, skip):
     unused = [name for name, module in linears.items() if module.weight not in reached]
     if unused:
         warnings.warn(f"no gradient reached {', '.join(unused)}: their salience is zero", stacklevel=3)
-    return finished({name: sums[module.weight] for name, module in linears.items()}, record.groups())
+    bypassed = record.leave_bypassed(name for name, module in linears.items() if module.weight in reached)
+    kept = {name: sums[module.weight] for name, module in linears.items() if name not in bypassed}
+    return finished(kept, record.groups())
 
 
 def _run(layer, batch, index, hidden):

@@ -199,7 +199,7 @@ def test_streamed_checkpoint_has_the_bytes_of_the_one_in_memory(both, method):
     assert streamed == in_memory
 
 
-@pytest.mark.parametrize("family", ["neox", "gpt2"])
+@pytest.mark.parametrize("family", ["neox", "gpt2", "mixtral"])
 def test_other_families_too(both, family):
     streamed, in_memory = both(family, SPEC)
     assert streamed == in_memory
@@ -275,6 +275,27 @@ def test_shared_weights_are_noticed(models, tmp_path):
 
 
 # ---- memory and placement
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("place", [None, "cpu", "files"])
+def test_less_memory_gives_the_same_salience(models, tmp_path, family, place):
+    model, _ = load(str(models(family)), "float32", "cpu")
+    expected = fisher_salience(model, _windows())
+    where = tmp_path / "sums" if place == "files" else place
+    runs, layer = [], model.model.layers[1]
+    handle = layer.self_attn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    found = fisher_salience(model, _windows(), checkpointing=True, accumulate=where)
+    handle.remove()
+    assert len(runs) == 2 * len(_windows())  # forward, and again on the way back
+    assert set(found) == set(expected) and found.readers == expected.readers
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "forward" not in vars(layer)
+    if place == "files":
+        files = sorted((tmp_path / "sums").iterdir())
+        assert sum(file.stat().st_size for file in files) == 4 * sum(value.numel() for value in expected.values())
+        first = next(iter(expected.values()))
+        assert np.array_equal(np.fromfile(files[0], np.float32), first.numpy().ravel())
 
 
 def test_spread_loads_by_a_device_map(models, monkeypatch):
