@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-from sfmp.allocate import block_problem, solve
+from sfmp.allocate import BlockProblem, block_problem, solve
 from sfmp.apply import Job, warn_of_unknown
 from sfmp.awq import SEARCH_TOKENS
 from sfmp.checkpoint import describe
@@ -60,14 +60,14 @@ def streamed_plan(stream: LayerStream, spec, windows, folder, kind: str = "fishe
         names = list(linear_modules(stream.model, spec.skip))
     inside = {index: [name for name in names if name.startswith(f"{prefix}.")]
               for index, (prefix, _) in enumerate(stream.layers)}
-    empty = {index for index in inside if not inside[index]}
     if kind == "fisher":
-        found = fisher_by_layer(stream, windows, folder, skip=spec.skip, done=done | empty, progress=progress)
+        found = fisher_by_layer(stream, windows, folder, skip=spec.skip, done=done, progress=progress)
     else:
-        found = _by_layer(stream, spec, kind, inside, done | empty)
+        found = _by_layer(stream, spec, kind, inside, done)
     for index, salience in found:
-        save_problem(block_problem(salience, spec, stream.model), files[index])
-    plan = solve(merged(load_problem(files[index]) for index in inside if index not in empty))
+        problem = block_problem(salience, spec, stream.model) if salience else BlockProblem(spec, {}, {}, {}, {})
+        save_problem(problem, files[index])
+    plan = solve(merged(map(load_problem, files)))
     plan.save(path)
     return plan
 
@@ -75,7 +75,9 @@ def streamed_plan(stream: LayerStream, spec, windows, folder, kind: str = "fishe
 def _by_layer(stream, spec, kind, inside, done):
     """Salience that needs no data, of one layer after the other."""
     for index, names in inside.items():
-        if index not in done:
+        if index not in done and not names:
+            yield index, {}
+        elif index not in done:
             others = {name for other in inside for name in inside[other]} - set(names)
             with stream.resident(index):
                 yield index, SALIENCE_SOURCES[kind](stream.model, None, spec.seed, skip={*spec.skip, *others})

@@ -151,7 +151,8 @@ def _backward(stream, layer, index, batches, folder, skip):
         for number, batch in enumerate(batches):
             hidden = state(number).requires_grad_(index > 0)
             output = _run(layer, batch, index, hidden)
-            output.backward(gradient(number))
+            if output.requires_grad:  # nothing wants a gradient in a first layer that is skipped
+                output.backward(gradient(number))
             gradients.append(hidden.grad)
         hooks.callback(lambda: [weight.requires_grad_(False) for weight in sums])
     if index > 0:

@@ -217,9 +217,16 @@ def test_salience_without_data_too(both, kind):
     assert streamed == in_memory
 
 
-def test_skipped_matrices_stay(both):
-    streamed, in_memory = both("llama", dataclasses.replace(SPEC, skip=("lm_head", "down_proj", "v_proj")))
+@pytest.mark.parametrize("layers", [(), (0,), (1, 2)], ids=str)
+def test_skipped_matrices_stay(both, layers):
+    projections = [f"self_attn.{key}_proj" for key in "qkvo"] + [f"mlp.{key}_proj" for key in ("gate", "up", "down")]
+    whole = [f"model.layers.{layer}.{name}" for layer in layers for name in projections]
+    skip = ("lm_head", "down_proj", "v_proj", *whole)
+    streamed, in_memory = both("llama", dataclasses.replace(SPEC, skip=skip))
     assert streamed == in_memory
+    if len(layers) == 1:
+        method = dataclasses.replace(SPEC, skip=skip, method="rtn")
+        assert both("llama", method, salience="random", overwrite=True)[0][1].keys() == streamed[1].keys()
 
 
 # ---- what cannot be streamed
