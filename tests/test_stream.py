@@ -325,4 +325,4 @@ def test_peak_memory_does_not_grow_with_depth():
 
     few, many = (measure(f"256x704x{layers}", windows=2, seqlen=64, method="rtn") for layers in (4, 40))
     assert many["model"] - few["model"] == 36 * few["layer"] > 50e6
-    assert many["peak"] - few["peak"] < 0.6 * (many["model"] - few["model"])
+    assert many["peak"] - few["peak"] < 0.5 * (many["model"] - few["model"])
