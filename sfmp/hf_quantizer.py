@@ -60,13 +60,14 @@ class StoredQuantizer(HfQuantizer):
             done._is_hf_initialized = True
             model.get_submodule(found).weight = done
 
-    def update_weight_conversions(self, weight_conversions, model):
+        self._unfused = [f"{path}.{name}" for path, module in model.named_modules()
+                         if isinstance(module, RoutedExperts) for name in module.state_dict()]
+
+    def update_weight_conversions(self, weight_conversions, *model):
         """Leave out what would fuse experts that are stored one by one, as a bare base model would have it."""
-        alone = [f"{path}.{name}" for path, module in model.named_modules() if isinstance(module, RoutedExperts)
-                 for name in module.state_dict()]
         kept = [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)
-                or all(conversion.rename_source_key(name)[1] is None for name in alone)]
-        return super().update_weight_conversions(kept, model)
+                or all(conversion.rename_source_key(name)[1] is None for name in self._unfused)]
+        return super().update_weight_conversions(kept, *model)  # transformers 5.17 passes no model
 
     def _check_files(self, model, files):
         loaded = _renamed(read_headers(files), model, self)
