@@ -35,7 +35,8 @@ def quantize_model(model, plan, windows=None, *, progress=False, solver=None, ne
     model : nn.Module
         Any module tree; float32, bfloat16 or float16.
     plan : Plan
-        Bits and permutations of each nn.Linear to replace; ``plan.spec.method`` chooses rtn, awq or gptq.
+        Bits and permutations of each linear layer to replace (Conv1D and fused experts as `sfmp.unfuse` shows them);
+        ``plan.spec.method`` chooses rtn, awq or gptq.
     windows : Tensor, array or list, optional
         Calibration input, needed by awq and gptq: integer token ids [n, seqlen], or float [n, ...] for a
         model that is fed features.
