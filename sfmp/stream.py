@@ -235,6 +235,9 @@ def open_stream(source: str, empty: nn.Module, dtype: str, device, skip, scratch
     with quiet("accelerate.big_modeling"):  # it warns of what is asked for: weights that stay on disk
         model, _ = load_placed(source, dtype, device, place, scratch)
     weights = _offloaded(model)
+    for tensor in model.parameters():
+        if not tensor.is_meta:
+            tensor.data = tensor.data.clone()  # a view would keep the whole file mapped
     layers = [(prefix, model.get_submodule(prefix)) for prefix in prefixes]
     if next(model.parameters()).is_meta:
         raise NotStreamable(f"{kind} begins with a layer")

@@ -190,7 +190,9 @@ class _Stored:
         from safetensors import safe_open
 
         with safe_open(self.where[name], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
+        # Large ones stay maps of the file, which take no memory of their own; of a small one more would be mapped.
+        return tensor.clone() if tensor.nbytes < 1 << 20 else tensor
 
 
 def _layer_file(folder, index):

@@ -323,6 +323,8 @@ def test_spread_loads_by_a_device_map(models, monkeypatch):
 def test_peak_memory_does_not_grow_with_depth():
     from sfmp.bench.memory import measure
 
-    few, many = (measure(f"256x704x{layers}", windows=2, seqlen=64, method="rtn") for layers in (4, 40))
-    assert many["model"] - few["model"] == 36 * few["layer"] > 50e6
-    assert many["peak"] - few["peak"] < 0.5 * (many["model"] - few["model"])
+    few, many = (measure(f"512x1376x{layers}", windows=2, seqlen=64, method="rtn") for layers in (4, 16))
+    grown = many["model"] - few["model"]
+    assert grown == 12 * few["layer"] > 60e6
+    # The largest process has more modules to keep in mind, but neither the weights nor what is made of them.
+    assert many["peak"] - few["peak"] < 0.5 * grown
