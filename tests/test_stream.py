@@ -9,8 +9,8 @@ import torch
 from tiny_models import contents, text_file, write
 
 import sfmp.pipeline as pipeline
-from sfmp.allocate import block_problem, make_plan, solve
-from sfmp.compact_salience import load_problem, merged, save_problem
+from sfmp.allocate import make_plan, solve
+from sfmp.compact_salience import load_problem, merged
 from sfmp.model_source import load, skeleton
 from sfmp.pipeline import Calibration, quantize_to_folder
 from sfmp.salience import fisher_salience
@@ -138,34 +138,6 @@ def test_plan_of_layers_is_the_plan(models, tmp_path, objective):
     for other in (dataclasses.replace(spec, bpw=5.0, levels=(2, 4, 8)), dataclasses.replace(spec, scope="matrix")):
         problem = merged(load_problem(path, other) for path in sorted(tmp_path.glob("salience-*")))
         assert solve(problem).hash == make_plan(salience, other, model).hash
-
-
-def test_compact_salience_of_another_kind_is_refused(tmp_path):
-    salience = {"b": torch.rand(40, 70), "a": torch.rand(8, 33)}
-    path = tmp_path / "salience.safetensors"
-    problem = block_problem(salience, SPEC)
-    save_problem(problem, path)
-    again = load_problem(path)
-    assert list(again.grids) == ["a", "b"] and again.spec == SPEC
-    for key in ("sums", "losses"):
-        assert all(np.array_equal(getattr(again, key)[name], getattr(problem, key)[name]) for name in salience)
-    for change in ({"group_size": 64, "bpw": 3.5}, {"block_rows": 16}, {"reorder": "rows"}, {"skip": ("a",)}):
-        with pytest.raises(SfmpError, match=f"expected {next(iter(change))}="):
-            load_problem(path, dataclasses.replace(SPEC, **change))
-    with pytest.raises(SfmpError, match="objective"):
-        load_problem(path, dataclasses.replace(SPEC, objective="measured"))
-    with pytest.raises(SfmpError, match="same specification"):
-        merged([problem, block_problem(salience, dataclasses.replace(SPEC, bpw=3.5))])
-    with pytest.raises(SfmpError, match="same specification"):
-        merged([])
-    from safetensors.numpy import save_file
-
-    save_file({"a.sums": np.zeros(3)}, path)
-    with pytest.raises(SfmpError, match="format_version 1"):
-        load_problem(path)
-    path.write_bytes(b"no such file")
-    with pytest.raises(SfmpError, match="compute the salience again"):
-        load_problem(path)
 
 
 # ---- checkpoints
