@@ -1,0 +1,98 @@
+"""Python twins of `ptx` for Numba's CUDA simulator, where every CUDA thread is a Python thread.
+
+Instructions of a warp wait for its 32 threads. A shared address is a handle: the number of the array above 2²⁰, the
+byte within it below.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+_WAIT = 60  # seconds; a thread that waits longer for its warp shows a divergent barrier
+_HANDLE = 20
+_lock = threading.Lock()
+
+
+def _exchange(value):
+    """Values of all lanes of the warp of this thread, and the number of its lane."""
+    thread = threading.current_thread()
+    warp, lane = divmod(thread.thread_id, 32)
+    with _lock:
+        warps = thread._manager.__dict__.setdefault("sfmp_warps", {})
+        slots, barrier = warps.setdefault(warp, ([None] * 32, threading.Barrier(32)))
+    slots[lane] = value
+    barrier.wait(_WAIT)
+    values = list(slots)
+    barrier.wait(_WAIT)
+    return values, lane
+
+
+def _view(pointer, offset, count, dtype):
+    data = np.asarray(getattr(pointer, "_ary", pointer)).reshape(-1).view(np.uint8)
+    size = count * np.dtype(dtype).itemsize
+    if not 0 <= offset <= len(data) - size or offset % size:
+        raise IndexError(f"offset {offset}: expected a multiple of {size} within {len(data)} bytes")
+    return data[int(offset) :][:size].view(dtype)
+
+
+def load_line(pointer, offset):
+    return tuple(_view(pointer, offset, 4, np.uint32))
+
+
+load_line_kept = load_line
+
+
+def load_word(pointer, offset):
+    return _view(pointer, offset, 1, np.uint32)[0]
+
+
+def shared_address(array):
+    data = np.asarray(getattr(array, "_ary", array)).reshape(-1)
+    manager = threading.current_thread()._manager
+    with _lock:
+        arrays = manager.__dict__.setdefault("sfmp_shared", [])
+        for number, known in enumerate(arrays):
+            if known.ctypes.data == data.ctypes.data:
+                return np.uint32(number << _HANDLE)
+        arrays.append(data)
+        return np.uint32(len(arrays) - 1 << _HANDLE)
+
+
+def _shared(address, count, dtype):
+    number, offset = divmod(int(address), 1 << _HANDLE)
+    return _view(threading.current_thread()._manager.sfmp_shared[number], offset, count, dtype)
+
+
+def load_shared(address):
+    return _shared(address, 1, np.float32)[0]
+
+
+def shuffle_xor(value, mask):
+    values, lane = _exchange(np.float32(value))
+    return values[lane ^ mask]
+
+
+def half_low(word):
+    return np.float32(np.uint16(int(word) & 0xFFFF).view(np.float16))
+
+
+def half_high(word):
+    return np.float32(np.uint16(int(word) >> 16).view(np.float16))
+
+
+def half_bits(value):
+    with np.errstate(over="ignore"):
+        return np.float16(value).view(np.uint16)
+
+
+def bfloat_bits(value):
+    word = int(np.float32(value).view(np.uint32))
+    if np.isnan(value):
+        return np.uint16(0x7FFF)
+    return np.uint16(word + 0x7FFF + (word >> 16 & 1) >> 16)
+
+
+def bfloat_value(bits):
+    return np.uint32(int(bits) << 16).view(np.float32)
