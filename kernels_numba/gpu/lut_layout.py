@@ -13,14 +13,9 @@ import dataclasses
 
 import numpy as np
 
+from kernels_numba.gpu.records import LANE_COLUMNS, LANES, STRIP_ROWS, TILE_COLUMNS
 from kernels_numba.gpu.segments import column_map, gather_segments, make_tiles, row_strips, scale_words
 from sfmp.planes import unpack_planes
-
-LANES = 32
-LANE_COLUMNS = 8
-TILE_COLUMNS = LANES * LANE_COLUMNS
-STRIP_ROWS = 16
-LINE_BYTES = TILE_COLUMNS * STRIP_ROWS // 8
 
 
 @dataclasses.dataclass(frozen=True)

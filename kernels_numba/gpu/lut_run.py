@@ -11,6 +11,7 @@ import numpy as np
 from kernels_numba.gpu.lut_layout import LutLayout
 
 ARRAYS = ("lines", "scales", "tile_bits", "tile_line", "tile_record", "segments", "columns", "block_tiles")
+SUM_THREADS = 128
 
 
 def make_panels(layout: LutLayout, strips: int) -> np.ndarray:
@@ -40,7 +41,7 @@ def choose_shares(layout: LutLayout, panels: int, blocks: int) -> int:
     return max(1, min(tiles, -(-blocks // panels)))
 
 
-def multiply(arrays, x, y, partial, bias, *, shape, segment, kind, width, panels, shares, stream=0):
+def multiply(arrays, x, y, partial, bias, *, shape, segment, kind, width, panels, shares, warps=8, stream=0):
     """Enqueue y = x Wᵀ + bias.
 
     Parameters
@@ -56,8 +57,8 @@ def multiply(arrays, x, y, partial, bias, *, shape, segment, kind, width, panels
     segment : int
     kind : str, one of `lut.KINDS`
     width : int, of the tables
-    panels, shares : int
-        Grid of the look-up kernel. The result depends on `shares` by rounding, on nothing else.
+    panels, shares, warps : int
+        Grid of the look-up kernel, and warps of a block. The result depends on `shares` by rounding, on nothing else.
     stream
         What Numba takes for a stream.
     """
@@ -69,12 +70,12 @@ def multiply(arrays, x, y, partial, bias, *, shape, segment, kind, width, panels
     given = [arrays[name] for name in ARRAYS]
     for first in range(0, tokens, most):
         count = min(most, tokens - first)
-        kernel = lut.make_kernel(width, 1 if count == 1 else most, kind, segment)
+        kernel = lut.make_kernel(width, 1 if count == 1 else most, kind, segment, warps)
         x_part, y_part = x[first * in_features :], y[first * out_features :]
-        kernel[(panels, shares), lut.THREADS, stream](*given, arrays["panels"], x_part, partial, in_features, rows,
-                                                      count)
-        add[-(-rows * count // lut.THREADS), lut.THREADS, stream](partial, arrays["rows"], bias, y_part, out_features,
-                                                                 rows, count, shares)
+        kernel[(panels, shares), lut.LANES * warps, stream](
+            *given, arrays["panels"], x_part, partial, in_features, rows, count)
+        add[-(-rows * count // SUM_THREADS), SUM_THREADS, stream](
+            partial, arrays["rows"], bias, y_part, out_features, rows, count, shares)
 
 
 def scratch_size(layout: LutLayout, width: int, shares: int) -> int:

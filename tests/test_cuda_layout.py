@@ -1,0 +1,119 @@
+"""Layouts of the CUDA kernels: every bit, alpha and beta lies where a lane reads it, whatever the shape."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import affine_case, packed_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_numba.gpu import lut_layout, lut_run, segments
+
+SHAPES = {"rows": st.integers(1, 50), "cols": st.integers(1, 600),
+          "group_size": st.sampled_from((32, 64, 96, 128, 256, 384)), "block_rows": st.integers(1, 40)}
+GPU = Path(lut_layout.__file__).parent
+
+
+@given(st.integers(0, 1 << 30), st.fixed_dictionaries(SHAPES))
+@settings(max_examples=15)
+def test_lines_and_records_give_back_every_code_and_scale(seed, shape):
+    case, packed = affine_case(seed, **shape), packed_case(seed, **shape)
+    layout = lut_layout.make_layout(packed)
+    codes, bits, alpha, beta, seen = _read(layout)
+    assert (seen == 1).all()
+    natural = np.ix_(case["row_perm"], case["col_perm"])
+    np.testing.assert_array_equal(codes[natural], case["codes"])
+    group = np.arange(shape["cols"]) // shape["group_size"]
+    block = np.arange(shape["rows"]) // shape["block_rows"]
+    np.testing.assert_array_equal(bits[natural], case["bits"][block][:, group])
+    for found, stored in ((alpha, packed.alpha), (beta, packed.beta)):
+        np.testing.assert_array_equal(found[natural], stored.numpy().T[:, group])
+
+
+def _read(layout):
+    """codes, bits, alpha, beta, times seen, [N, K] natural order: reads byte after byte, as the lanes of a warp do."""
+    rows, columns = layout.shape
+    codes, bits, seen = (np.zeros((rows, columns), int) for _ in range(3))
+    alpha, beta = (np.zeros((rows, columns), np.float16) for _ in range(2))
+    lines, scales = layout.lines.view(np.uint8), layout.scales.view(np.float16)
+    held, lanes = 128 // layout.segment, layout.segment // 8
+    for block in range(len(layout.block_tiles) - 1):
+        first, last = layout.block_strips[block : block + 2]
+        for tile in range(layout.block_tiles[block], layout.block_tiles[block + 1]):
+            width = layout.tile_bits[tile]
+            for strip, lane in np.ndindex(last - first, 32):
+                segment = layout.segments[tile * (32 // lanes) + lane // lanes]
+                line = layout.tile_line[tile] + strip * width
+                own = lines[512 * line :][: 512 * width].reshape(width, 32, 16)[:, lane]  # [plane, row]
+                record = ((layout.tile_record[tile] + strip) * 32 + lane) * held
+                names = layout.rows[16 * (first + strip) :][:16]
+                if segment < 0 or (names < 0).any():
+                    assert not own[:, (names < 0) | (segment < 0)].any()
+                if segment < 0:
+                    assert not scales[2 * record :][: 2 * held].any()
+                    continue
+                places = layout.columns[segment * layout.segment + lane % lanes * 8 :][:8]
+                real, inside = names >= 0, places >= 0
+                target = np.ix_(names[real], places[inside])
+                planes = own[:, real, None] >> np.arange(8)[inside] & 1  # highest plane first
+                codes[target] = sum(plane.astype(int) << width - 1 - k for k, plane in enumerate(planes))
+                bits[target] = width
+                seen[target] += 1
+                for i in range(held):  # a lane holds these rows of its segment: its scales serve all lanes of it
+                    name = names[lane % lanes * held + i]
+                    if name >= 0:
+                        whole = layout.columns[segment * layout.segment :][: layout.segment]
+                        alpha[name, whole[whole >= 0]], beta[name, whole[whole >= 0]] = scales[2 * (record + i) :][:2]
+    return codes, bits, alpha, beta, seen
+
+
+def test_a_byte_is_where_the_kernel_loads_it():
+    case = affine_case(0, rows=20, cols=256, group_size=128, block_rows=20, levels=(3,))
+    layout = lut_layout.make_layout(packed_case(0, rows=20, cols=256, group_size=128, block_rows=20, levels=(3,)))
+    lines = layout.lines.view(np.uint8).reshape(2, 3, 32, 16)  # strips, planes, lanes, rows
+    for strip, row, column in ((0, 0, 0), (0, 15, 255), (1, 3, 130), (1, 2, 7)):
+        bits = [lines[strip, plane, column // 8, row] >> column % 8 & 1 for plane in range(3)]
+        assert 4 * bits[0] + 2 * bits[1] + bits[2] == case["codes"][16 * strip + row, column]
+    assert layout.lines.nbytes == 2 * 3 * 512 and layout.scales.nbytes == 2 * 128
+
+
+@pytest.mark.parametrize("segment", segments.SEGMENTS)
+def test_held_rows_are_what_halving_leaves(segment):
+    """Follow the rows through the exchange between lanes."""
+    lanes = segment // 8
+    rows = [list(range(16)) for _ in range(32)]
+    mask = lanes // 2
+    while mask:
+        half = len(rows[0]) // 2
+        rows = [own[half:] if lane & mask else own[:half] for lane, own in enumerate(rows)]
+        mask //= 2
+    assert [own[0] for own in rows] == lut_layout.held_row(np.arange(32), segment).tolist()
+    assert {len(own) for own in rows} == {128 // segment}
+
+
+def test_panels_cover_every_strip_once():
+    layout = lut_layout.make_layout(packed_case(1, rows=150, cols=32, group_size=32, block_rows=70))
+    for strips in (1, 2, 3, 32):
+        panels = lut_run.make_panels(layout, strips).reshape(-1, 4)
+        covered = [place + first + i for _, first, height, place in panels for i in range(height)]
+        assert covered == list(range(len(layout.rows) // 16)) and panels[:, 2].max() <= strips
+        assert (layout.block_strips[panels[:, 0]] == panels[:, 3]).all()
+
+
+def test_shares_follow_tiles_and_processors():
+    layout = lut_layout.make_layout(packed_case(1, rows=30, cols=2000, group_size=128, block_rows=30, levels=(2,)))
+    assert [lut_run.choose_shares(layout, 1, blocks) for blocks in (1, 3, 8, 100)] == [1, 3, 8, 8]
+    assert lut_run.choose_shares(layout, 6, 13) == 3
+
+
+def test_every_instruction_has_a_twin():
+    names = []
+    for file in ("ptx.py", "twins.py"):
+        tree = ast.parse((GPU / file).read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        functions |= {node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)
+                      and isinstance(node.targets[0], ast.Name)}
+        names.append({name for name in functions if not name.startswith("_")})
+    assert names[0] == names[1] and len(names[0]) > 8
