@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from cases import packed_case
 
-from kernels_numba.gpu import lut_layout, lut_run
+from kernels_numba.gpu import lut_layout, lut_run, mma_layout, mma_run
 
 SWITCH = 5e-5  # seconds; threads of the simulator wait for each other more than they work
 
@@ -28,6 +28,17 @@ def run_lut(packed, x, y, width, shares, warps):
     lut_run.multiply(arrays, plain(x), plain(y), scratch, bias_of(packed), shape=(len(x), *packed.shape),
                      segment=layout.segment, kind=kind, width=width, panels=len(arrays["panels"]) // 4, shares=shares,
                      warps=warps)
+
+
+def run_mma(packed, x, y, warps):
+    """Write the product of the tensor-core kernel into y."""
+    layout = mma_layout.make_layout(packed)
+    arrays = mma_run.layout_arrays(layout)
+    scratch = {name: np.full(size, fill, type_) for (name, (size, type_)), fill in
+               zip(mma_run.scratch_sizes(layout, len(x)).items(), (0x7FFF, np.nan, np.nan), strict=True)}
+    kind = str(x.dtype).removeprefix("torch.")
+    mma_run.multiply(arrays, plain(x), plain(y), scratch, bias_of(packed), shape=(len(x), *packed.shape),
+                     segment=layout.segment, widths=layout.widths, kind=kind, warps=warps)
 
 
 def plain(tensor):
@@ -52,7 +63,7 @@ def error(run, tokens, kind, seed=0, **options):
     return ((y.double() - reference).norm() / reference.norm()).item()
 
 
-RUNS = {"lut": run_lut}
+RUNS = {"lut": run_lut, "mma": run_mma}
 
 if __name__ == "__main__":
     sys.setswitchinterval(SWITCH)

@@ -67,7 +67,7 @@ def test_look_up_kernel_keeps_its_sums_in_registers(capability, width, tmp_path)
     assert not re.search(r"\.local|\bcall\b|\batom\.|\bred\.", ptx)
     assert ptx.count("ld.shared.f32 ") >= 16 * {8: 1, 6: 2, 4: 2, 2: 4}[width]
     registers, memory, shared = assemble(ptx, capability, tmp_path)
-    assert memory == 0 and registers <= 85 and shared == lut.shared_bytes(width, tokens)
+    assert memory == 0 and registers <= 128 and shared == lut.shared_bytes(width, tokens)
 
 
 @pytest.mark.parametrize("kind,store", [("float16", "cvt.rn.f16.f32"), ("bfloat16", "cvt.rn.bf16.f32")])

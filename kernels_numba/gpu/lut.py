@@ -37,7 +37,7 @@ from kernels_numba.gpu.primitives import (
 from kernels_numba.gpu.records import LANE_COLUMNS, LANES, LINE_BYTES, STRIP_ROWS
 
 SHARED_BYTES = 48 << 10  # what a block has without asking the driver for more
-RESIDENT_WARPS = 24  # of a processor; their registers are what is left for the sums of a lane
+RESIDENT_WARPS = 16  # of a processor; their registers are what is left for the sums of a lane
 WARPS = 8  # of a block, where nothing else was measured
 MASKS = {128: (8, 4, 2, 1), 64: (4, 2, 1, 8), 32: (2, 1, 4, 8)}  # lanes that add: first those of one segment
 

@@ -162,3 +162,45 @@ def bfloat_value(typingctx, bits):
         return builder.bitcast(word, _F32)
 
     return signature, generate
+
+
+@intrinsic
+def multiply_halves(typingctx, left, right):
+    """Products of two float16 in a uint32 with two others, each rounded to nearest even."""
+    signature = types.uint32(types.uint32, types.uint32)
+
+    def generate(context, builder, signature, arguments):
+        return _assembly(builder, _I32, "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", arguments)
+
+    return signature, generate
+
+
+@intrinsic
+def multiply_tiles(typingctx, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
+    """C + A·B of a warp: A float16 [16, 16], B float16 [16, 8], C float32 [16, 8] over the registers of 32 lanes.
+
+    With g = lane//4, t = lane%4: a0 and a1 are rows g and g+8 of columns 2t, 2t+1 and a2, a3 of columns 2t+8, 2t+9;
+    b0 and b1 are rows 2t, 2t+1 and 2t+8, 2t+9 of column g; c0, c1 are columns 2t, 2t+1 of row g and c2, c3 of row g+8.
+    """
+    signature = types.UniTuple(types.float32, 4)(*[types.uint32] * 6, *[types.float32] * 4)
+
+    def generate(context, builder, signature, arguments):
+        found = _assembly(builder, ir.LiteralStructType([_F32] * 4),
+                          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                          "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+                          "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", arguments, effect=True)
+        return _tuple(context, builder, signature.return_type, found, 4)
+
+    return signature, generate
+
+
+@intrinsic
+def float_bits(typingctx, value):
+    """float32 → its bits, uint32."""
+    return types.uint32(types.float32), lambda context, builder, signature, args: builder.bitcast(args[0], _I32)
+
+
+@intrinsic
+def float_value(typingctx, bits):
+    """Bits of a float32 → float32."""
+    return types.float32(types.uint32), lambda context, builder, signature, args: builder.bitcast(args[0], _F32)

@@ -96,3 +96,28 @@ def bfloat_bits(value):
 
 def bfloat_value(bits):
     return np.uint32(int(bits) << 16).view(np.float32)
+
+
+def multiply_halves(left, right):
+    pairs = [np.array([word], np.uint32).view(np.float16) for word in (left, right)]
+    return (pairs[0] * pairs[1]).view(np.uint32)[0]
+
+
+def multiply_tiles(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
+    lanes, lane = _exchange((a0, a1, a2, a3, b0, b1))
+    halves = np.array(lanes, np.uint32).view(np.float16).reshape(8, 4, 6, 2).astype(np.float64)  # [g, t, register, 2]
+    group, place = divmod(lane, 4)
+    found = []
+    for row in range(2):
+        for column in (2 * place, 2 * place + 1):
+            low = (halves[group, :, row] * halves[column, :, 4]).sum()
+            found.append(low + (halves[group, :, 2 + row] * halves[column, :, 5]).sum())
+    return tuple(np.float32(np.float64(c) + value) for c, value in zip((c0, c1, c2, c3), found, strict=True))
+
+
+def float_bits(value):
+    return np.float32(value).view(np.uint32)
+
+
+def float_value(bits):
+    return np.uint32(bits).view(np.float32)
