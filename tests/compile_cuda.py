@@ -8,22 +8,28 @@ import json
 import sys
 from types import SimpleNamespace
 
-from kernels_numba.gpu import lut
+from kernels_numba.gpu import lut, mma
 
 from numba import cuda, types  # isort: skip
 from numba.cuda import dispatcher  # isort: skip
 
-U, F, INT = (types.CPointer(kind) for kind in (types.uint32, types.float32, types.int32))
-LUT = (U, U, INT, INT, INT, INT, INT, INT, INT)  # lines to panels
 SIZES = (types.int32,) * 3
 
 
 def request(name, kind, options):
-    """(kernel, signature)"""
-    x = F if kind == "float32" else types.CPointer(types.uint16)
+    """(kernel, signature); arguments are arrays as Numba's launches pass them, or pointers as the driver takes them."""
+    pass_as = (lambda number: types.Array(number, 1, "C")) if options.pop("arrays", False) else types.CPointer
+    words, halves, floats, ints = map(pass_as, (types.uint32, types.uint16, types.float32, types.int32))
+    x = floats if kind == "float32" else halves
     if name == "lut":
-        return lut.make_kernel(kind=kind, **options), types.void(*LUT, x, F, *SIZES)
-    return lut.make_sum(kind), types.void(F, INT, F, x, *SIZES, types.int32)
+        return lut.make_kernel(kind=kind, **options), types.void(words, words, *[ints] * 7, x, floats, *SIZES)
+    if name == "mma":
+        options["widths"] = tuple(options["widths"])
+        return mma.make_kernel(kind=kind, **options), types.void(
+            words, words, *[ints] * 8, halves, floats, floats, floats, x, *SIZES)
+    if name == "arrange":
+        return mma.make_arrange(kind, **options), types.void(x, ints, halves, floats, floats, *SIZES[:2])
+    return lut.make_sum(kind), types.void(floats, ints, floats, x, *SIZES, types.int32)
 
 
 if __name__ == "__main__":

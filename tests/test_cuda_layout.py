@@ -9,7 +9,7 @@ from cases import affine_case, packed_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_numba.gpu import lut_layout, lut_run, segments
+from kernels_numba.gpu import lut_layout, lut_run, mma_layout, segments
 
 SHAPES = {"rows": st.integers(1, 50), "cols": st.integers(1, 600),
           "group_size": st.sampled_from((32, 64, 96, 128, 256, 384)), "block_rows": st.integers(1, 40)}
@@ -117,3 +117,58 @@ def test_every_instruction_has_a_twin():
                       and isinstance(node.targets[0], ast.Name)}
         names.append({name for name in functions if not name.startswith("_")})
     assert names[0] == names[1] and len(names[0]) > 8
+
+
+@pytest.mark.parametrize("width", range(1, 9))
+def test_every_code_of_a_unit_is_where_a_lane_expects_it(width):
+    codes = np.random.default_rng(width).integers(0, 1 << width, (2, 32, 128)).astype(np.uint8)
+    words = mma_layout.unit_words(codes, width)
+    assert words.shape == (2, width, 32, 4) and words.dtype == np.uint32
+    for unit, row, column in np.ndindex(codes.shape):
+        assert _code(words[unit], width, row, column) == codes[unit, row, column]
+
+
+def _code(chunks, width, row, column):
+    """Find a code by the places that the module's docstring gives."""
+    if width > 4:
+        return _code(chunks[:4], 4, row, column) + 16 * _code(chunks[4:], width - 4, row, column)
+    i, t, odd, h, e = (column >> shift & mask for shift, mask in ((5, 3), (3, 3), (2, 1), (1, 1), (0, 1)))
+    rho, lane = row // 8, row % 8 * 4 + t
+    own = [int(chunks[n // 4, lane, n % 4]) for n in range(4 * width)]
+    if width == 4:
+        return own[4 * rho + i] >> 8 * h + 4 * odd + 16 * e & 15
+    if width == 3 and i < 3:
+        return own[3 * rho + i] >> 8 * h + 4 * odd + 16 * e & 7
+    if width == 3:
+        return sum((own[3 * rho + k] >> 8 * h + 4 * odd + 16 * e + 3 & 1) << k for k in range(3))
+    if width == 2:
+        return own[2 * rho + h] >> 2 * (2 * i + odd) + 16 * e & 3
+    return own[rho] >> 8 * h + 2 * i + odd + 16 * e & 1
+
+
+@given(st.integers(0, 1 << 30), st.fixed_dictionaries(SHAPES))
+@settings(max_examples=8)
+def test_units_and_scales_give_back_every_weight(seed, shape):
+    case = affine_case(seed, **shape)
+    layout = mma_layout.make_layout(packed_case(seed, **shape))
+    rows, columns = layout.shape
+    found = np.full((rows, columns), np.nan)
+    per_unit = 128 // layout.segment
+    place = np.arange(32) % 8 * 4 + np.arange(32) // 8  # of a row among the scales
+    for strip, block in enumerate(layout.strip_block):
+        first, last = layout.block_tiles[block : block + 2]
+        names = layout.rows[32 * strip :][:32]
+        for tile in range(first, last):
+            width, start = layout.tile_bits[tile], layout.strip_chunk[strip] + layout.tile_chunk[tile]
+            words = layout.units[128 * start :][: 128 * width].reshape(width, 32, 4)
+            for part in range(per_unit):
+                segment = layout.segments[tile * per_unit + part]
+                where = layout.columns[segment * layout.segment :][: layout.segment]
+                record = layout.strip_record[strip] + (tile - first) * per_unit + part
+                scales = layout.scales[32 * record :][:32].view(np.float16).reshape(32, 2)[place].astype(float)
+                for column in np.flatnonzero(where >= 0):
+                    codes = [_code(words, width, row, part * layout.segment + column) for row in range(32)]
+                    weights = scales[:, 0] * (2 * np.array(codes) - ((1 << width) - 1)) + scales[:, 1]
+                    found[names[names >= 0], where[column]] = weights[names >= 0]
+    assert layout.widths == tuple(np.unique(case["bits"]).tolist())
+    np.testing.assert_allclose(found, packed_case(seed, **shape).dequantize().numpy(), rtol=1e-6, atol=1e-6)

@@ -1,17 +1,9 @@
 """The look-up kernel in the CUDA simulator: mixed bits, ragged edges, permutations, every group size and width."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from simulation import ROUNDING, SUMS, simulate
 
 pytestmark = pytest.mark.cudasim
-TESTS = Path(__file__).parent
-ROUNDING = {"float32": 2**-24, "float16": 2**-11, "bfloat16": 2**-8}  # of one result
-SUMS = 1e-6  # of float32 sums over a few hundred terms
 BASE = {"kernel": "lut", "width": 4, "shares": 1, "tokens": 1, "kind": "float32", "rows": 20, "block_rows": 20,
         "warps": 2}
 CASES = {
@@ -26,16 +18,6 @@ CASES = {
     "more rows than a panel": {"rows": 270, "block_rows": 270, "cols": 30, "group_size": 32, "tokens": 5,
                                "levels": [1]},
 }
-
-
-def simulate(cases):
-    """Relative errors of cases, from one process with the simulator."""
-    folders = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    command = [sys.executable, str(TESTS / "cudasim.py"), json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")

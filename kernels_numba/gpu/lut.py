@@ -94,7 +94,7 @@ def make_kernel(width: int, tokens: int, kind: str, segment: int, warps: int = W
     first_mask, second_mask, third_mask, fourth_mask = MASKS[segment]
     tile_segments = LANES // lanes
 
-    @kernel(threads, RESIDENT_WARPS // warps)
+    @kernel(threads, max(1, RESIDENT_WARPS // warps))
     def lut(lines, scales, tile_bits, tile_line, tile_record, segments, columns, block_tiles, panels, x, partial,
             in_features, rows, count):
         tables = cuda.shared.array(table_size, F)

@@ -70,12 +70,12 @@ def multiply(arrays, x, y, partial, bias, *, shape, segment, kind, width, panels
     given = [arrays[name] for name in ARRAYS]
     for first in range(0, tokens, most):
         count = min(most, tokens - first)
+        sizes = [np.int32(size) for size in (in_features, out_features, rows, count, shares)]  # an int would be 64 bits
         kernel = lut.make_kernel(width, 1 if count == 1 else most, kind, segment, warps)
-        x_part, y_part = x[first * in_features :], y[first * out_features :]
         kernel[(panels, shares), lut.LANES * warps, stream](
-            *given, arrays["panels"], x_part, partial, in_features, rows, count)
+            *given, arrays["panels"], x[first * in_features :], partial, sizes[0], *sizes[2:4])
         add[-(-rows * count // SUM_THREADS), SUM_THREADS, stream](
-            partial, arrays["rows"], bias, y_part, out_features, rows, count, shares)
+            partial, arrays["rows"], bias, y[first * out_features :], *sizes[1:])
 
 
 def scratch_size(layout: LutLayout, width: int, shares: int) -> int:

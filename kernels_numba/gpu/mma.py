@@ -34,7 +34,7 @@ KINDS = ("float16", "bfloat16")  # float32 activations would lose half of their 
 TOKENS = 8  # of a tensor-core tile
 MOST_TOKENS = 32
 WARPS = 8
-RESIDENT_WARPS = 16  # of a processor
+RESIDENT_WARPS = {1: 16, 2: 16, 4: 8}  # of a processor, by tiles of tokens: registers of a lane hold their sums
 ARRANGE_WARPS = 8
 
 INT, U, L, F = types.int32, types.uint32, types.int64, types.float32
@@ -170,7 +170,7 @@ def make_kernel(widths: tuple[int, ...], tiles: int, kind: str, segment: int, wa
     shared_size, fragments = size * warps, 4 * tiles
     held = 8 * tiles
 
-    @kernel(threads, RESIDENT_WARPS // warps)
+    @kernel(threads, max(1, RESIDENT_WARPS[tiles] // warps))
     def mma(units, scales, tile_bits, tile_chunk, segments, block_tiles, strip_block, strip_chunk, strip_record, rows,
             arranged, totals, factors, bias, y, out_features, length, count):
         shared = cuda.shared.array(shared_size, F)

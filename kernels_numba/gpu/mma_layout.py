@@ -1,8 +1,8 @@
 """PackedMatrix → what the tensor-core kernel reads.
 
 A unit is 32 rows × 128 columns of b bits, b chunks of 512 bytes that a warp loads with one instruction each. Lane
-l = 4g + t holds the codes of rows g + 8·rho (rho = 0…3) that tensor cores want from it. Column 32i + 8t + 4·odd + 2h + e
-of a unit is slot (i, odd, h, e): step 2i + odd of 16 columns, register h, half e of the register. Places of a code:
+l = 4g + t holds the codes of rows g + 8·rho (rho = 0…3) that tensor cores want from it. Column 32i + 8t + 4·odd + 2h +
+e of a unit is slot (i, odd, h, e): step 2i + odd of 16 columns, register h, half e of the register. Places of a code:
 
 4 bits  word 4·rho + i, bit 8h + 4·odd + 16e
 3 bits  likewise for i = 0…2, in words 3·rho + i; bit k of the codes of i = 3 rides in bit 3 of the nibbles of word k

@@ -63,13 +63,13 @@ def multiply(arrays, x, y, scratch, bias, *, shape, segment, widths, kind, warps
     from kernels_numba.gpu import mma
 
     tokens, out_features, in_features = shape
-    length = len(arrays["columns"])
-    strips = len(arrays["strip_block"])
+    length, strips = len(arrays["columns"]), len(arrays["strip_block"])
     buffers = [scratch[name] for name in ("arranged", "totals", "factors")]
     arrange = mma.make_arrange(kind, segment, warps)
     for first in range(0, tokens, mma.MOST_TOKENS):
         count = min(mma.MOST_TOKENS, tokens - first)
-        arrange[count, 32 * warps, stream](x[first * in_features :], arrays["columns"], *buffers, in_features, length)
+        sizes = [np.int32(size) for size in (in_features, out_features, length, count)]  # an int would be 64 bits
+        arrange[count, 32 * warps, stream](x[first * in_features :], arrays["columns"], *buffers, sizes[0], sizes[2])
         kernel = mma.make_kernel(widths, token_tiles(count), kind, segment, warps)
         kernel[strips, 32 * warps, stream](
-            *(arrays[name] for name in ARRAYS), *buffers, bias, y[first * out_features :], out_features, length, count)
+            *(arrays[name] for name in ARRAYS), *buffers, bias, y[first * out_features :], *sizes[1:])
