@@ -12,7 +12,6 @@ __all__ = ["available", "matmul"]
 
 BACKENDS = ("cuda", "cpu", "reference")  # best first
 MODES = {"reference": ("exact", "lut"), "cpu": ("lut16", "lut8", "exact"), "cuda": ("lut", "mma")}
-_NOT_BUILT = "no: its kernels are not part of this version"
 
 
 def available() -> dict[str, str]:
@@ -23,10 +22,10 @@ def available() -> dict[str, str]:
     >>> available()["reference"].startswith("yes")
     True
     """
-    from kernels_numba import cpu
+    from kernels_numba import cpu, gpu
 
     reference = "yes: dequantize, then multiply with torch; any device"
-    return {"cuda": _NOT_BUILT, "cpu": cpu.available(), "reference": reference}
+    return {"cuda": gpu.available(), "cpu": cpu.available(), "reference": reference}
 
 
 def matmul(x, packed, backend: str = "auto", mode: str | None = None):

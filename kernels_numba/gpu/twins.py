@@ -10,23 +10,27 @@ import threading
 
 import numpy as np
 
-_WAIT = 60  # seconds; a thread that waits longer for its warp shows a divergent barrier
+_WAIT = 300  # seconds; a thread that waits longer for its warp shows a divergent barrier
 _HANDLE = 20
 _lock = threading.Lock()
 
 
-def _exchange(value):
-    """Values of all lanes of the warp of this thread, and the number of its lane."""
+class _Warp:
+    def __init__(self):
+        self.barrier, self.values, self.found = threading.Barrier(32), [None] * 32, None
+
+
+def _together(value, function):
+    """(function of the values of all lanes, number of the lane of this thread); one thread of the warp calls it."""
     thread = threading.current_thread()
-    warp, lane = divmod(thread.thread_id, 32)
+    number, lane = divmod(thread.thread_id, 32)
     with _lock:
-        warps = thread._manager.__dict__.setdefault("sfmp_warps", {})
-        slots, barrier = warps.setdefault(warp, ([None] * 32, threading.Barrier(32)))
-    slots[lane] = value
-    barrier.wait(_WAIT)
-    values = list(slots)
-    barrier.wait(_WAIT)
-    return values, lane
+        warp = thread._manager.__dict__.setdefault("sfmp_warps", {}).setdefault(number, _Warp())
+    warp.values[lane] = value
+    if warp.barrier.wait(_WAIT) == 0:
+        warp.found = function(warp.values)
+    warp.barrier.wait(_WAIT)
+    return warp.found, lane
 
 
 def _view(pointer, offset, count, dtype):
@@ -70,7 +74,7 @@ def load_shared(address):
 
 
 def shuffle_xor(value, mask):
-    values, lane = _exchange(np.float32(value))
+    values, lane = _together(np.float32(value), tuple)
     return values[lane ^ mask]
 
 
@@ -104,15 +108,19 @@ def multiply_halves(left, right):
 
 
 def multiply_tiles(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
-    lanes, lane = _exchange((a0, a1, a2, a3, b0, b1))
-    halves = np.array(lanes, np.uint32).view(np.float16).reshape(8, 4, 6, 2).astype(np.float64)  # [g, t, register, 2]
-    group, place = divmod(lane, 4)
-    found = []
-    for row in range(2):
-        for column in (2 * place, 2 * place + 1):
-            low = (halves[group, :, row] * halves[column, :, 4]).sum()
-            found.append(low + (halves[group, :, 2 + row] * halves[column, :, 5]).sum())
-    return tuple(np.float32(np.float64(c) + value) for c, value in zip((c0, c1, c2, c3), found, strict=True))
+    products, lane = _together((a0, a1, a2, a3, b0, b1), _tile_product)
+    group, place = lane // 4, lane % 4 * 2
+    rows = products[group, place : place + 2], products[group + 8, place : place + 2]
+    return tuple(np.float32(c + product) for c, product in zip((c0, c1, c2, c3), np.concatenate(rows), strict=True))
+
+
+def _tile_product(registers):
+    """A·B of the registers of 32 lanes, float64 [16, 8]."""
+    halves = np.array(registers, np.uint32).view(np.float16).reshape(8, 4, 6, 2).astype(np.float64)  # [g, t, register]
+    a = halves[:, :, [[0, 2], [1, 3]]]  # [g, t, upper half of the rows, upper half of the columns, 2]
+    left = a.transpose(2, 0, 3, 1, 4).reshape(16, 16)
+    right = halves[:, :, 4:].transpose(2, 1, 3, 0).reshape(16, 8)
+    return left @ right
 
 
 def float_bits(value):
