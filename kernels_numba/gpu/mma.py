@@ -34,7 +34,7 @@ KINDS = ("float16", "bfloat16")  # float32 activations would lose half of their 
 TOKENS = 8  # of a tensor-core tile
 MOST_TOKENS = 32
 WARPS = 8
-RESIDENT_WARPS = {1: 16, 2: 16, 4: 8}  # of a processor, by tiles of tokens: registers of a lane hold their sums
+MANY_WARPS, FEW_WARPS = 16, 8  # that run together on a processor: how many registers a lane may have
 ARRANGE_WARPS = 8
 
 INT, U, L, F = types.int32, types.uint32, types.int64, types.float32
@@ -156,6 +156,23 @@ def absent(units, at, first, scales, record, arranged, totals, length, segments,
     """Stands for a width that does not occur in the matrix."""
 
 
+@device
+def clear(tile, sums, high_sums, results):
+    """Zero what a lane holds of one tile of tokens; loops over all tiles are too long for compilers to unroll."""
+    for i in range(8):
+        sums[8 * tile + i] = F(0)
+        high_sums[8 * tile + i] = F(0)
+        results[8 * tile + i] = F(0)
+
+
+@device
+def put(tile, shared, place, results):
+    """Write the results of one tile of tokens, [token][row]."""
+    for rho in range(4):
+        for e in range(2):
+            shared[place + 256 * tile + 32 * e + 8 * rho] = results[8 * tile + 2 * rho + e]
+
+
 @functools.cache
 def make_kernel(widths: tuple[int, ...], tiles: int, kind: str, segment: int, warps: int = WARPS):
     """Return the kernel for some bit-widths, 8·tiles tokens, a kind of results and a width of segments.
@@ -169,8 +186,9 @@ def make_kernel(widths: tuple[int, ...], tiles: int, kind: str, segment: int, wa
     threads, size, per_unit = 32 * warps, 32 * TOKENS * tiles, 128 // segment
     shared_size, fragments = size * warps, 4 * tiles
     held = 8 * tiles
+    resident = MANY_WARPS if tiles < 4 and max(widths) <= 4 else FEW_WARPS
 
-    @kernel(threads, max(1, RESIDENT_WARPS[tiles] // warps))
+    @kernel(threads, max(1, resident // warps))
     def mma(units, scales, tile_bits, tile_chunk, segments, block_tiles, strip_block, strip_chunk, strip_record, rows,
             arranged, totals, factors, bias, y, out_features, length, count):
         shared = cuda.shared.array(shared_size, F)
@@ -182,10 +200,12 @@ def make_kernel(widths: tuple[int, ...], tiles: int, kind: str, segment: int, wa
         results = cuda.local.array(held, F)
         thread, strip = INT(cuda.threadIdx.x), INT(cuda.blockIdx.x)
         lane, warp = INT(thread & 31), INT(thread >> 5)
-        for i in range(held):
-            sums[i] = F(0)
-            high_sums[i] = F(0)
-            results[i] = F(0)
+        clear(0, sums, high_sums, results)
+        if tiles > 1:
+            clear(1, sums, high_sums, results)
+        if tiles > 2:
+            clear(2, sums, high_sums, results)
+            clear(3, sums, high_sums, results)
         begin, end = block_tiles[strip_block[strip]], block_tiles[strip_block[strip] + 1]
         for tile in range(begin + warp, end, warps):
             bits, first = tile_bits[tile], tile * per_unit
@@ -215,11 +235,13 @@ def make_kernel(widths: tuple[int, ...], tiles: int, kind: str, segment: int, wa
             elif bits == 8:
                 add_8(units, at, first, scales, record, arranged, totals, length, segments, lane, words, more, b,
                       sums, high_sums, results)
-        for tile in range(tiles):
-            for rho in range(4):
-                for e in range(2):
-                    token = 8 * tile + 2 * (lane % 4) + e
-                    shared[warp * size + token * 32 + lane // 4 + 8 * rho] = results[8 * tile + 2 * rho + e]
+        place = warp * size + lane % 4 * 64 + lane // 4
+        put(0, shared, place, results)
+        if tiles > 1:
+            put(1, shared, place, results)
+        if tiles > 2:
+            put(2, shared, place, results)
+            put(3, shared, place, results)
         cuda.syncthreads()
         for i in range(thread, size, threads):
             token, natural = i // 32, rows[strip * 32 + i % 32]
