@@ -107,22 +107,30 @@ def unit(width: int, tiles: int, segment: int):
             step_high(more, i, b, high_sums)
 
     @device
-    def fold(scales, record, totals, parts, number, lane, sums, high_sums, results):
-        """results += 2·alpha·sums + (beta − (2^b − 1)·alpha)·Σx, and sums ← 0."""
-        word = load_line(scales, (record * 32 + lane // 4 * 4) * 4)
+    def fold_tile(tile, word, totals, parts, number, lane, sums, high_sums, results):
         for rho in range(4):
             alpha, beta = half_low(word[rho]), half_high(word[rho])
             slope, shift = alpha * F(2048), beta - F(levels) * alpha
-            for tile in range(tiles):
-                for e in range(2):
-                    at = 8 * tile + 2 * rho + e
-                    total = totals[(8 * tile + 2 * (lane % 4) + e) * parts + number]
-                    value = sums[at]
-                    if both:
-                        value += F(16) * high_sums[at]
-                        high_sums[at] = F(0)
-                    sums[at] = F(0)
-                    results[at] += slope * value + shift * total
+            for e in range(2):
+                at = 8 * tile + 2 * rho + e
+                total = totals[(8 * tile + 2 * (lane % 4) + e) * parts + number]
+                value = sums[at]
+                if both:
+                    value += F(16) * high_sums[at]
+                    high_sums[at] = F(0)
+                sums[at] = F(0)
+                results[at] += slope * value + shift * total
+
+    @device
+    def fold(scales, record, totals, parts, number, lane, sums, high_sums, results):
+        """results += 2·alpha·sums + (beta − (2^b − 1)·alpha)·Σx, and sums ← 0."""
+        word = load_line(scales, (record * 32 + lane // 4 * 4) * 4)
+        fold_tile(0, word, totals, parts, number, lane, sums, high_sums, results)
+        if tiles > 1:
+            fold_tile(1, word, totals, parts, number, lane, sums, high_sums, results)
+        if tiles > 2:
+            fold_tile(2, word, totals, parts, number, lane, sums, high_sums, results)
+            fold_tile(3, word, totals, parts, number, lane, sums, high_sums, results)
 
     @device
     def quarter(i, first, scales, record, arranged, totals, length, segments, lane, words, more, b, sums, high_sums,
