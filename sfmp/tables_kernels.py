@@ -17,7 +17,6 @@ from sfmp.bench.timing import median, ratio
 from sfmp.checks import SfmpError
 
 DENSE = ("torch bfloat16", "torch float32")
-SAMPLES = ("cold", "warm")
 #: what the design asks of one token, 512 × 128 blocks, two threads, cold weights: mode, against whom, least by bits
 TARGETS = (
     ("share of the roof", "lut8", "of_roof", {2: 0.85, 3: 0.85, 4: 0.85}),

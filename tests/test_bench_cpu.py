@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from kernels_numba.cpu import targets
+from kernels_numba.cpu import targets, threads
 from sfmp.bench import __main__ as command
 from sfmp.bench import cpu, cpu_peers, roof, table_width, timing
 from sfmp.tables_kernels import read_bench
@@ -19,11 +20,11 @@ def small(monkeypatch):
     monkeypatch.setattr(timing, "COPIES_BYTES", 1 << 15)
     monkeypatch.setattr(timing, "SWEEP_BYTES", 1 << 16)
     monkeypatch.setattr(cpu, "BITS", (2, 3))
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     monkeypatch.setattr(cpu_peers, "importable", lambda name: False)
     monkeypatch.setattr(cpu.os, "sched_setaffinity", lambda *_: None)  # this process has other tests to run
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
 
 
 CPUS = [0]
@@ -76,8 +77,18 @@ def test_the_roof_reads_what_the_kernels_read(small):
 
     matrices = Matrices(256, 256, 2)
     for candidate in roof.candidates(matrices.images, "2"):
-        assert len(matrices.images[0]) - roof.PIECE < candidate.weight_bytes <= len(matrices.images[0])
-        assert candidate.run() is None
+        image = matrices.images[0]
+        assert len(image) - roof.PIECE < candidate.weight_bytes <= len(image)
+        lines = image[: candidate.weight_bytes].view(np.int32).reshape(-1, 16)
+        expected = [np.bitwise_or.reduce(np.bitwise_xor.reduce(part)) for part in _shares(lines, threads.count())]
+        assert candidate.products[0]()[::16].tolist() == expected, "every byte is read, once"
+
+
+def _shares(lines, count):
+    """The pieces that each of `count` threads reads."""
+    pieces = lines.reshape(-1, roof.PIECE // 64, 16)
+    return [pieces[part * len(pieces) // count : (part + 1) * len(pieces) // count].reshape(-1, 16)
+            for part in range(count)]
 
 
 def test_peers_compute_what_their_weights_say(small):

@@ -1,6 +1,7 @@
 """What aarch64 processors with dot products (Armv8.2) have beyond `Simd`: NEON's table look-ups, sdot and udot.
 
-Compiled for aarch64 and compared in an emulator; not yet run on such a processor.
+Compiled for aarch64 in tests, and compared with the other kernels where an emulator (qemu) is installed; not yet run on
+such a processor.
 
 Source: CPU.md section 6.
 """
@@ -20,9 +21,6 @@ class Neon(Simd):
     kernels = "dot"
     has_half = has_fma = True
     features = "+neon,+fp-armv8,+dotprod"
-
-    def pause(self):
-        self._call("llvm.aarch64.hint", ir.VoidType(), [INT(1)])  # yield
 
     def float_table(self, address):
         return self.load(BYTES, address)

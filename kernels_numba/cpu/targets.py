@@ -9,7 +9,7 @@ avx512f      AVX-512F with BW: Skylake-X, Cascade Lake
 avx2         AVX2 with FMA and F16C: Haswell, Zen and later
 neon         aarch64 with dot products; untested on hardware: its code is compiled everywhere, and run against that of
              the others where an emulator (qemu) is installed
-generic      whatever LLVM compiles for: float tables, read one entry at a time
+generic      whatever LLVM compiles for: no look-ups, every bit is the sign of an activation (`signs`)
 """
 
 from __future__ import annotations

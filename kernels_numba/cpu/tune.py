@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 from kernels_numba.cpu import drive, launch, product, targets, threads
 from kernels_numba.cpu.records import TOKENS
 from sfmp.checks import write_atomically
+from sfmp.environment import hardware
 from sfmp.pack import pack
 
 BITS = (2, 3, 4, 8)
@@ -150,18 +150,10 @@ def main(arguments=None) -> None:
         table["prefetch"] = best_prefetch(options.rows, options.columns, targets.MODES[target][0])
     table["targets"] = {**table["targets"], target: {
         "modes": measure(options.rows, options.columns, targets.MODES[target]),
-        "measured": {"processor": _processor(), "threads": threads.count(), "shape": [options.rows, options.columns],
-                     "torch": torch.__version__}}}
+        "measured": {"processor": hardware()["cpu"], "threads": threads.count(),
+                     "shape": [options.rows, options.columns], "torch": torch.__version__}}}
     write_atomically(options.output, lambda path: path.write_text(json.dumps(table, indent=2) + "\n"))
     print(json.dumps(table, indent=2))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

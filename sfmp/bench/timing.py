@@ -138,7 +138,7 @@ def first_served() -> Iterator[None]:
         return
     try:
         _schedule(os.SCHED_FIFO, 1)
-    except (PermissionError, OSError):
+    except OSError:
         yield
         return
     try:
