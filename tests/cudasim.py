@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from cases import packed_case
 
-from kernels_numba.gpu import lut_layout, lut_run, mma_layout, mma_run
+from kernels_numba.gpu import launches, lut_layout, lut_run, mma_layout, mma_run
 
 SWITCH = 5e-5  # seconds; threads of the simulator wait for each other more than they work
 
@@ -22,23 +22,34 @@ SWITCH = 5e-5  # seconds; threads of the simulator wait for each other more than
 def run_lut(packed, x, y, width, shares, warps):
     """Write the product of the look-up kernel into y."""
     layout = lut_layout.make_layout(packed)
-    arrays = lut_run.layout_arrays(layout, width)
-    scratch = np.full(lut_run.scratch_size(layout, width, shares), np.nan, np.float32)
-    kind = str(x.dtype).removeprefix("torch.")
-    lut_run.multiply(arrays, plain(x), plain(y), scratch, bias_of(packed), shape=(len(x), *packed.shape),
-                     segment=layout.segment, kind=kind, width=width, panels=len(arrays["panels"]) // 4, shares=shares,
-                     warps=warps)
+    plan = lut_run.plan(layout, len(x), str(x.dtype).removeprefix("torch."), width=width, shares=shares, warps=warps)
+    launches.run(plan, {**lut_run.layout_arrays(layout), **filled(plan), **ends(packed, x, y)})
 
 
-def run_mma(packed, x, y, warps):
+def run_mma(packed, x, y, **options):
     """Write the product of the tensor-core kernel into y."""
     layout = mma_layout.make_layout(packed)
-    arrays = mma_run.layout_arrays(layout)
-    scratch = {name: np.full(size, fill, type_) for (name, (size, type_)), fill in
-               zip(mma_run.scratch_sizes(layout, len(x)).items(), (0x7FFF, np.nan, np.nan), strict=True)}
     kind = str(x.dtype).removeprefix("torch.")
-    mma_run.multiply(arrays, plain(x), plain(y), scratch, bias_of(packed), shape=(len(x), *packed.shape),
-                     segment=layout.segment, widths=layout.widths, kind=kind, warps=warps)
+    arrays = {**mma_run.layout_arrays(layout), "x": plain(x), "y": plain(y), "bias": bias_of(packed)}
+    run_plan(mma_run.plan(layout, len(x), kind, **options), arrays)
+
+
+def run_plan(plan, arrays):
+    """Run a plan; its scratch starts as NaN."""
+    scratch = {name: np.full(size, *{"f": (np.nan, np.float32), "h": (0x7FFF, np.uint16)}[letter])
+               for name, (size, letter) in plan.scratch.items()}
+    launches.run(plan, {**arrays, **scratch})
+
+
+def filled(plan):
+    """Scratch arrays of a plan, filled with NaN."""
+    kinds = {"f": (np.float32, np.nan), "h": (np.uint16, 0x7FFF), "u": (np.uint32, 0x7FFF7FFF)}
+    return {name: np.full(size, kinds[letter][1], kinds[letter][0]) for name, (size, letter) in plan.scratch.items()}
+
+
+def ends(packed, x, y):
+    """x, y and bias as launches name them."""
+    return {"x": plain(x), "y": plain(y), "bias": bias_of(packed)}
 
 
 def plain(tensor):
@@ -52,7 +63,7 @@ def bias_of(packed):
 
 def error(run, tokens, kind, seed=0, **options):
     """‖y − reference‖ / ‖reference‖ of a random matrix, against float64."""
-    shape = {key: options.pop(key) for key in tuple(options) if key not in ("width", "shares", "warps")}
+    shape = {key: options.pop(key) for key in tuple(options) if key not in ("width", "shares", "warps", "gather")}
     packed = packed_case(seed, **shape)
     x = torch.from_numpy(np.random.default_rng(seed).normal(size=(tokens, packed.shape[1]))).to(getattr(torch, kind))
     y = torch.full((tokens, packed.shape[0]), torch.nan, dtype=x.dtype)

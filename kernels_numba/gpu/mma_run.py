@@ -1,12 +1,10 @@
-"""One product with the tensor-core kernel: arranged activations and launches, on a device or in the simulator.
-
-Arrays are what Numba takes, see `lut_run`.
-"""
+"""One product with the tensor-core kernel: which launches, over which arrays."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from kernels_numba.gpu.launches import Launch, Plan
 from kernels_numba.gpu.mma_layout import MmaLayout
 
 ARRAYS = ("units", "scales", "tile_bits", "tile_chunk", "segments", "block_tiles", "strip_block", "strip_chunk",
@@ -14,18 +12,8 @@ ARRAYS = ("units", "scales", "tile_bits", "tile_chunk", "segments", "block_tiles
 
 
 def layout_arrays(layout: MmaLayout) -> dict[str, np.ndarray]:
-    """The arrays `multiply` takes, on the host."""
+    """The arrays that the launches of `plan` name, on the host."""
     return {name: getattr(layout, name) for name in (*ARRAYS, "columns")}
-
-
-def scratch_sizes(layout: MmaLayout, tokens: int) -> dict[str, tuple[int, type]]:
-    """Elements and dtype of the scratch arrays that `multiply` needs."""
-    from kernels_numba.gpu import mma
-
-    room = mma.TOKENS * token_tiles(min(tokens, mma.MOST_TOKENS))
-    length = len(layout.columns)
-    return {"arranged": (room * length, np.uint16), "totals": (room * length // layout.segment, np.float32),
-            "factors": (room, np.float32)}
 
 
 def token_tiles(tokens: int) -> int:
@@ -39,37 +27,34 @@ def token_tiles(tokens: int) -> int:
     return 1 if tokens <= 8 else 2 if tokens <= 16 else 4
 
 
-def multiply(arrays, x, y, scratch, bias, *, shape, segment, widths, kind, warps=8, stream=0):
-    """Enqueue y = x Wᵀ + bias, at most 32 tokens at a time.
+def plan(layout: MmaLayout, tokens: int, kind: str, *, warps: int | None = None, gather: str | None = None) -> Plan:
+    """Return the launches of y = x Wᵀ + bias, at most 32 tokens each.
 
     Parameters
     ----------
-    arrays : dict
-        `layout_arrays`.
-    x, y : uint16 [tokens · K], [tokens · N]
-        Bits of `kind`.
-    scratch : dict
-        Arrays of `scratch_sizes`, of this call.
-    bias : float32 [N]
-    shape : (tokens, N, K)
-    segment, widths
-        Of the layout.
+    layout : MmaLayout
+    tokens : int
     kind : str, one of `mma.KINDS`
-    warps : int
+        Of x [tokens, K] and y [tokens, N], whose bits are arrays of uint16; bias is float32 [N].
+    warps : int, optional
         Of a block. The result depends on it by rounding.
-    stream
-        What Numba takes for a stream.
+    gather : {"unfused"}, optional
+        A kernel of its own writes activations in permuted order.
     """
     from kernels_numba.gpu import mma
 
-    tokens, out_features, in_features = shape
-    length, strips = len(arrays["columns"]), len(arrays["strip_block"])
-    buffers = [scratch[name] for name in ("arranged", "totals", "factors")]
-    arrange = mma.make_arrange(kind, segment, warps)
+    out_features, in_features = layout.shape
+    length, warps = len(layout.columns), warps or mma.WARPS
+    room = mma.TOKENS * token_tiles(min(tokens, mma.MOST_TOKENS))
+    scratch = {"arranged": (room * length, "h"), "totals": (room * length // layout.segment, "f"),
+               "factors": (room, "f")}
+    launches = []
     for first in range(0, tokens, mma.MOST_TOKENS):
         count = min(mma.MOST_TOKENS, tokens - first)
-        sizes = [np.int32(size) for size in (in_features, out_features, length, count)]  # an int would be 64 bits
-        arrange[count, 32 * warps, stream](x[first * in_features :], arrays["columns"], *buffers, sizes[0], sizes[2])
-        kernel = mma.make_kernel(widths, token_tiles(count), kind, segment, warps)
-        kernel[strips, 32 * warps, stream](
-            *(arrays[name] for name in ARRAYS), *buffers, bias, y[first * out_features :], *sizes[1:])
+        launches += [
+            Launch(mma.make_arrange, (kind, layout.segment, warps), "hihffnn",
+                   (("x", first * in_features), "columns", *scratch, in_features, length), (count, 1), 32 * warps),
+            Launch(mma.make_kernel, (layout.widths, token_tiles(count), kind, layout.segment, warps),
+                   "uuiiiiiiiihfffhnnn", (*ARRAYS, *scratch, "bias", ("y", first * out_features), out_features, length,
+                                          count), (len(layout.strip_block), 1), 32 * warps)]
+    return Plan(scratch, tuple(launches))
