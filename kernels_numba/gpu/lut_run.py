@@ -1,17 +1,27 @@
-"""One product with the look-up kernel: panels, shares and launches, on a device or in the simulator.
-
-Arrays are what Numba takes: NumPy arrays in the simulator, device arrays (anything with ``__cuda_array_interface__``)
-on a device; half-precision numbers travel as uint16.
-"""
+"""One product with the look-up kernel: panels, shares and launches, on a device or in the simulator."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from kernels_numba.gpu.launches import Launch, Plan
 from kernels_numba.gpu.lut_layout import LutLayout
+from kernels_numba.gpu.records import LANES
 
 ARRAYS = ("lines", "scales", "tile_bits", "tile_line", "tile_record", "segments", "columns", "block_tiles")
+PANELS = (16, 32)  # most strips of a panel, see `lut.panel_strips`
 SUM_THREADS = 128
+
+
+def default_width(tokens: int) -> int:
+    """Table width for a number of tokens: the widest whose tables for one token, or for 8, fit 48 KB.
+
+    Examples
+    --------
+    >>> [default_width(tokens) for tokens in (1, 2, 40)]
+    [8, 4, 4]
+    """
+    return 8 if tokens == 1 else 4
 
 
 def make_panels(layout: LutLayout, strips: int) -> np.ndarray:
@@ -35,61 +45,62 @@ def make_panels(layout: LutLayout, strips: int) -> np.ndarray:
     return np.array(panels, np.int32)
 
 
+def panel_count(layout: LutLayout, strips: int) -> int:
+    """How many panels `make_panels` makes."""
+    return int((-(-np.diff(layout.block_strips) // strips)).sum())
+
+
 def choose_shares(layout: LutLayout, panels: int, blocks: int) -> int:
     """How many thread blocks share the tiles of a panel so that at least `blocks` run; never more than tiles."""
     tiles = int(np.diff(layout.block_tiles).max())
     return max(1, min(tiles, -(-blocks // panels)))
 
 
-def multiply(arrays, x, y, partial, bias, *, shape, segment, kind, width, panels, shares, warps=8, stream=0):
-    """Enqueue y = x Wᵀ + bias.
+def plan(layout: LutLayout, tokens: int, kind: str, *, shares: int | None = None, blocks: int = 1,
+         width: int | None = None, warps: int = 8) -> Plan:
+    """Return what y = x Wᵀ + bias launches: look-ups and sums, for at most 8 tokens at a time.
 
     Parameters
     ----------
-    arrays : dict
-        The arrays of `LutLayout` and ``panels``, `make_panels` of at most `lut.panel_strips` strips.
-    x, y : [tokens · K], [tokens · N]
-        Of `kind`; float16 and bfloat16 as uint16.
-    partial : float32 [≥ shares · most tokens · strips · 16]
-        Scratch of this call.
-    bias : float32 [N]
-    shape : (tokens, N, K)
-    segment : int
-    kind : str, one of `lut.KINDS`
-    width : int, of the tables
-    panels, shares, warps : int
-        Grid of the look-up kernel, and warps of a block. The result depends on `shares` by rounding, on nothing else.
-    stream
-        What Numba takes for a stream.
+    layout : LutLayout
+    tokens : int, at least 1
+    kind : str, one of `kinds.KINDS`: of x [tokens · K] and y [tokens · N]
+    shares : int or None
+        Thread blocks that share the tiles of a panel; None takes `choose_shares` for `blocks`. The result depends on
+        it by rounding, on nothing else.
+    blocks : int
+        Thread blocks that should run at least.
+    width : int or None
+        Of the tables: 2, 4, 6 or 8; `default_width` if None.
+    warps : int
+        Of a block.
     """
     from kernels_numba.gpu import lut
 
-    tokens, out_features, in_features = shape
-    rows, most = len(arrays["rows"]), lut.most_tokens(width)
-    add = lut.make_sum(kind)
-    given = [arrays[name] for name in ARRAYS]
+    width = width or default_width(tokens)
+    rows, most = len(layout.rows), lut.most_tokens(width)
+    out_features, in_features = layout.shape
+    number = "f" if kind == "float32" else "h"
+    steps, size = [], 0
     for first in range(0, tokens, most):
         count = min(most, tokens - first)
-        sizes = [np.int32(size) for size in (in_features, out_features, rows, count, shares)]  # an int would be 64 bits
-        kernel = lut.make_kernel(width, 1 if count == 1 else most, kind, segment, warps)
-        kernel[(panels, shares), lut.LANES * warps, stream](
-            *given, arrays["panels"], x[first * in_features :], partial, sizes[0], *sizes[2:4])
-        add[-(-rows * count // SUM_THREADS), SUM_THREADS, stream](
-            partial, arrays["rows"], bias, y[first * out_features :], *sizes[1:])
+        tables = 1 if count == 1 else most
+        strips = lut.panel_strips(tables)
+        panels = panel_count(layout, strips)
+        parts = shares or choose_shares(layout, panels, blocks)
+        steps += [
+            Launch(lut.make_kernel, (width, tables, kind, layout.segment, warps), f"uuiiiiiii{number}fnnn",
+                   (*ARRAYS, f"panels_{strips}", ("x", first * in_features), "partial", in_features, rows, count),
+                   (panels, parts), LANES * warps),
+            Launch(lut.make_sum, (kind,), f"fif{number}nnnn",
+                   ("partial", "rows", "bias", ("y", first * out_features), out_features, rows, count, parts),
+                   (-(-rows * count // SUM_THREADS), 1), SUM_THREADS)]
+        size = max(size, parts * count * rows)
+    return Plan({"partial": (size, "f")}, tuple(steps))
 
 
-def scratch_size(layout: LutLayout, width: int, shares: int) -> int:
-    """Elements of `partial` that `multiply` needs."""
-    from kernels_numba.gpu import lut
-
-    return shares * lut.most_tokens(width) * len(layout.rows)
-
-
-def layout_arrays(layout: LutLayout, width: int) -> dict[str, np.ndarray]:
-    """The arrays `multiply` takes, on the host."""
-    from kernels_numba.gpu import lut
-
+def layout_arrays(layout: LutLayout) -> dict[str, np.ndarray]:
+    """The arrays of a matrix that launches name, on the host."""
     arrays = {name: getattr(layout, name) for name in (*ARRAYS, "rows")}
-    return {**arrays, "panels": make_panels(layout, lut.panel_strips(lut.most_tokens(width)))}
-
+    return {**arrays, **{f"panels_{strips}": make_panels(layout, strips) for strips in PANELS}}
 
