@@ -37,7 +37,7 @@ from kernels_numba.gpu.primitives import (
 from kernels_numba.gpu.records import LANE_COLUMNS, LANES, LINE_BYTES, STRIP_ROWS
 
 SHARED_BYTES = 48 << 10  # what a block has without asking the driver for more
-RESIDENT_WARPS = 16  # of a processor; their registers are what is left for the sums of a lane
+RESIDENT_WARPS = 24  # of a processor; their registers are what is left for the sums of a lane
 WARPS = 8  # of a block, where nothing else was measured
 MASKS = {128: (8, 4, 2, 1), 64: (4, 2, 1, 8), 32: (2, 1, 4, 8)}  # lanes that add: first those of one segment
 
@@ -69,11 +69,36 @@ def halve(sums, count, lane, mask):
 
 
 @device
-def scale(sums, count, scales, offset, total):
+def load_scales(scales, record, count, words):
+    """Load alpha and beta of the rows that a lane holds when they are needed, long before."""
+    for i in range(count):
+        words[i] = load_word(scales, record + L(4 * i))
+
+
+@device
+def scale(sums, count, words, total):
     """sums ← alpha·sums + beta·Σx for the rows that a lane holds."""
     for i in range(count):
-        word = load_word(scales, offset + L(4 * i))
-        sums[i] = half_low(word) * sums[i] + half_high(word) * total
+        sums[i] = half_low(words[i]) * sums[i] + half_high(words[i]) * total
+
+
+@functools.cache
+def gatherer(kind: str):
+    """Device function that loads the activations of a lane's 8 columns, zero where there is no column.
+
+    No load waits for the answer of another: where there is no column the first activation is read and not used.
+    """
+    read = reader(kind)
+
+    @device
+    def gather(x, start, columns, limit, own):
+        for i in range(8):
+            column = columns[i]
+            there = column < limit
+            value = read(x, start + (column if there else U(0)))
+            own[i] = value if there else F(0)
+
+    return gather
 
 
 @functools.cache
@@ -84,7 +109,7 @@ def make_kernel(width: int, tokens: int, kind: str, segment: int, warps: int = W
     strip of all), x [tokens, K], partial float32 [shares, tokens, strips·16], K, strips·16 and the number of tokens,
     which may be less than the kernel has tables for. Grid: panels × shares; 32·warps threads.
     """
-    read, build, find = reader(kind), builder(width, warps), finder(width)
+    gather, build, find = gatherer(kind), builder(width, warps), finder(width)
     load = load_line if tokens == 1 else load_line_kept
     entries, strips = ENTRIES[width], panel_strips(tokens)
     table_size, sum_size, total_size = tokens * entries * LANES, tokens * strips * STRIP_ROWS, tokens * LANES
@@ -101,29 +126,33 @@ def make_kernel(width: int, tokens: int, kind: str, segment: int, warps: int = W
         sums = cuda.shared.array(sum_size, F)
         totals = cuda.shared.array(total_size, F)
         own = cuda.local.array(8, F)
+        own_columns = cuda.local.array(8, U)
         found = cuda.local.array(16, F)
         word = cuda.local.array(4, U)
+        scale_words = cuda.local.array(held, U)
         ahead = cuda.local.array(4, U)
         thread = INT(cuda.threadIdx.x)
         lane, warp = INT(thread & 31), INT(thread >> 5)
         panel, share, shares = INT(4 * cuda.blockIdx.x), INT(cuda.blockIdx.y), INT(cuda.gridDim.y)
         block, first, height, place = panels[panel], panels[panel + 1], panels[panel + 2], panels[panel + 3]
         begin, number = block_tiles[block], block_tiles[block + 1] - block_tiles[block]
-        tables_address, offset = U(shared_address(tables)), U(4 * lane)
+        tables_address = U(shared_address(tables) + U(4 * lane))
         for i in range(thread, sum_size, threads):
             sums[i] = F(0)
-        for tile in range(begin + number * share // shares, begin + number * (share + 1) // shares):
+        many = count if tokens > 1 else INT(1)
+        last = INT(first + height)
+        for tile in range(INT(begin + number * share // shares), INT(begin + number * (share + 1) // shares)):
+            bits, at = tile_bits[tile], segments[tile * tile_segments + lane // lanes]
+            line = (L(tile_line[tile]) + L(INT(INT(first + warp) * bits))) * LINE_BYTES + lane * 16
+            if warp < height:  # on its way while the tables are built
+                ahead[0], ahead[1], ahead[2], ahead[3] = load(lines, line)
+            limit, at = U(in_features if at >= 0 else 0), L(max(at, INT(0)) * segment + lane % lanes * 8) * 4
+            own_columns[0], own_columns[1], own_columns[2], own_columns[3] = load_line_kept(columns, at)
+            own_columns[4], own_columns[5], own_columns[6], own_columns[7] = load_line_kept(columns, at + 16)
             cuda.syncthreads()  # the tables of the tile before are read, the sums are zero
-            which = segments[tile * tile_segments + lane // lanes]
-            for token in range(count):
-                total = F(0)
-                for i in range(8):
-                    own[i] = F(0)
-                    if which >= 0:
-                        column = columns[which * segment + lane % lanes * 8 + i]
-                        if column >= 0:
-                            own[i] = read(x, L(token) * in_features + column)
-                    total += own[i]
+            for token in range(many):
+                gather(x, L(token) * in_features, own_columns, limit, own)
+                total = ((own[0] + own[1]) + (own[2] + own[3])) + ((own[4] + own[5]) + (own[6] + own[7]))
                 build(tables, token * entries * LANES + lane, warp, own)
                 if warp == token % warps:
                     for mask in (1, 2, 4, 8):
@@ -131,38 +160,39 @@ def make_kernel(width: int, tokens: int, kind: str, segment: int, warps: int = W
                             total += shuffle_xor(total, INT(mask))
                     totals[token * LANES + lane] = total
             cuda.syncthreads()
-            bits = tile_bits[tile]
-            for strip in range(first + warp, first + height, warps):
-                line = (L(tile_line[tile]) + strip * bits) * LINE_BYTES + lane * 16
-                record = ((L(tile_record[tile]) + strip) * LANES + lane) * (4 * held)
-                for token in range(count):
+            for strip in range(INT(first + warp), last, INT(warps)):
+                load_scales(scales, (L(tile_record[tile] + strip) * LANES + lane) * (4 * held), held, scale_words)
+                for token in range(many):
                     base = U(tables_address + U(token * entries * LANES * 4))
+                    after = line if INT(token + 1) < many else line + L(bits) * (warps * LINE_BYTES)
+                    follows = INT(token + 1) < many or INT(strip + warps) < last
                     for i in range(16):
                         found[i] = F(0)
-                    ahead[0], ahead[1], ahead[2], ahead[3] = load(lines, line)
                     for plane in range(bits):
                         for i in range(4):
                             word[i] = ahead[i]
-                        if plane + 1 < bits:  # the next plane is on its way while this one is looked up
-                            ahead[0], ahead[1], ahead[2], ahead[3] = load(lines, line + (plane + 1) * LINE_BYTES)
+                        within = INT(plane + 1) < bits
+                        if within or follows:  # the next line is on its way while this one is looked up
+                            source = line + L(INT(plane + 1) * LINE_BYTES) if within else after
+                            ahead[0], ahead[1], ahead[2], ahead[3] = load(lines, source)
                         for i in range(4):
                             for j in range(4):
-                                entry = find(base, offset, word[i], 8 * j)
-                                found[4 * i + j] = cuda.fma(found[4 * i + j], F(2), entry)
+                                found[4 * i + j] = cuda.fma(found[4 * i + j], F(2), find(base, word[i], j))
+                    line = after
                     total = totals[token * LANES + lane]
                     halve(found, 8, lane, first_mask)
                     halve(found, 4, lane, second_mask)
                     if held == 4:
-                        scale(found, 4, scales, record, total)
+                        scale(found, 4, scale_words, total)
                     halve(found, 2, lane, third_mask)
                     if held == 2:
-                        scale(found, 2, scales, record, total)
+                        scale(found, 2, scale_words, total)
                     halve(found, 1, lane, fourth_mask)
                     if held == 1:
-                        scale(found, 1, scales, record, total)
+                        scale(found, 1, scale_words, total)
                     value = found[0] + shuffle_xor(found[0], INT(16))
                     if lane < 16:
-                        sums[(token * strips + strip - first) * 16 + lane] += value
+                        sums[INT(INT(INT(token * strips) + INT(strip - first)) * 16) + lane] += value
         cuda.syncthreads()
         row = 0
         for mask in (first_mask, second_mask, third_mask, fourth_mask):

@@ -9,7 +9,14 @@ import functools
 
 from numba import types
 
-from kernels_numba.gpu.primitives import device, load_shared
+from kernels_numba.gpu.primitives import (
+    device,
+    load_entry_0,
+    load_entry_1,
+    load_entry_2,
+    load_entry_3,
+    load_shared,
+)
 from kernels_numba.gpu.records import LANES
 
 ENTRIES = {2: 16, 4: 32, 6: 68, 8: 256}  # of all tables of a lane
@@ -78,35 +85,39 @@ def builder(width: int, warps: int):
 
 @functools.cache
 def finder(width: int):
-    """Device function (address of tables, 4·lane, word, first bit) → signed sum that a byte of the word selects.
+    """Device function (address of a lane's tables, word, byte of it) → signed sum that the byte selects.
 
-    An entry is 128 bytes from the next: an index is cut out where it stands, 7 places up, and the lane joins by `or`.
-    The address of the tables is the same for all lanes, so that it takes no instruction of its own.
+    Bytes are literal numbers in the kernel, so that a choice by them costs nothing.
     """
 
     @device
-    def entry(address, lane, word, shift, mask):
+    def entry(address, word, shift, mask):
+        """An entry is 128 bytes from the next: an index is cut out where it stands, 7 places up."""
         moved = U(word >> U(shift - 7)) if shift >= 7 else U(word << U(7 - shift))
-        return load_shared(U(address + U(U(moved & U(mask << 7)) | lane)))
+        return load_shared(U(address + U(moved & U(mask << 7))))
 
     @device
-    def find_8(address, lane, word, shift):
-        return entry(address, lane, word, shift, 255)
+    def find_8(address, word, byte):
+        if byte == 0:
+            return load_entry_0(address, word)
+        if byte == 1:
+            return load_entry_1(address, word)
+        if byte == 2:
+            return load_entry_2(address, word)
+        return load_entry_3(address, word)
 
     @device
-    def find_6(address, lane, word, shift):
-        high = entry(U(address + U(128 * 64)), lane, word, shift + 6, 3)
-        return entry(address, lane, word, shift, 63) + high
+    def find_6(address, word, byte):
+        return entry(address, word, 8 * byte, 63) + entry(U(address + U(128 * 64)), word, 8 * byte + 6, 3)
 
     @device
-    def find_4(address, lane, word, shift):
-        high = entry(U(address + U(128 * 16)), lane, word, shift + 4, 15)
-        return entry(address, lane, word, shift, 15) + high
+    def find_4(address, word, byte):
+        return entry(address, word, 8 * byte, 15) + entry(U(address + U(128 * 16)), word, 8 * byte + 4, 15)
 
     @device
-    def find_2(address, lane, word, shift):
-        low = entry(address, lane, word, shift, 3) + entry(U(address + U(128 * 4)), lane, word, shift + 2, 3)
-        third = entry(U(address + U(128 * 8)), lane, word, shift + 4, 3)
-        return low + (third + entry(U(address + U(128 * 12)), lane, word, shift + 6, 3))
+    def find_2(address, word, byte):
+        low = entry(address, word, 8 * byte, 3) + entry(U(address + U(128 * 4)), word, 8 * byte + 2, 3)
+        third = entry(U(address + U(128 * 8)), word, 8 * byte + 4, 3)
+        return low + (third + entry(U(address + U(128 * 12)), word, 8 * byte + 6, 3))
 
     return {8: find_8, 6: find_6, 4: find_4, 2: find_2}[width]

@@ -101,6 +101,27 @@ def load_shared(typingctx, address):
     return signature, generate
 
 
+def _byte_entry(number):
+    text = (f"{{ .reg .u32 t; prmt.b32 t, $2, 0, {0x4440 + number}; mad.lo.u32 t, t, 128, $1; "
+            "ld.shared.f32 $0, [t]; }")
+
+    @intrinsic
+    def load(typingctx, address, word):
+        signature = types.float32(types.uint32, types.uint32)
+
+        def generate(context, builder, signature, arguments):
+            return _assembly(builder, _F32, text, "=f,r,r", arguments, effect=True)
+
+        return signature, generate
+
+    return load
+
+
+# float32 at a shared address plus 128 times byte 0, 1, 2 or 3 of a word. Two instructions make that address; written as
+# shifts and masks it would be three, because compilers move the factor 128 into the shift.
+load_entry_0, load_entry_1, load_entry_2, load_entry_3 = map(_byte_entry, range(4))
+
+
 @intrinsic
 def shuffle_xor(typingctx, value, mask):
     """float32 of the lane whose number differs by the bits of the mask; all 32 lanes take part."""

@@ -73,6 +73,26 @@ def load_shared(address):
     return _shared(address, 1, np.float32)[0]
 
 
+def load_entry_0(address, word):
+    return _entry(address, word, 0)
+
+
+def load_entry_1(address, word):
+    return _entry(address, word, 1)
+
+
+def load_entry_2(address, word):
+    return _entry(address, word, 2)
+
+
+def load_entry_3(address, word):
+    return _entry(address, word, 3)
+
+
+def _entry(address, word, number):
+    return load_shared(int(address) + 128 * (int(word) >> 8 * number & 255))
+
+
 def shuffle_xor(value, mask):
     values, lane = _together(np.float32(value), tuple)
     return values[lane ^ mask]
