@@ -1,0 +1,290 @@
+"""fuse: one product for matrices that read the same activations, so that a decode step launches fewer kernels.
+
+    quantize_model(model, make_plan(salience, QuantSpec(bpw=3, shared_columns=True)))
+    fuse(model)                                    # q, k, v become one product, gate and up another
+
+What is fused is derived, as a kernel's own layout is: the layers keep their tensors, ``state_dict`` and
+``save_pretrained`` give what they gave before, and a checkpoint that is loaded is fused again by whoever wants that.
+The price is memory: the merged matrix beside the stored ones.
+
+How it works. The layers stay where they are; no forward of an architecture is rewritten. While their parent module
+runs, the first layer that is called computes the outputs of all and the others take theirs, if they are given the very
+same tensor, unchanged since. Everywhere else (a layer called on its own, other activations, compilation, a gradient of
+a bias) a layer computes what it always did. So what is kept lives as long as one call of the parent, also if that
+fails; it is kept by thread; and a CUDA graph captures the one product, for Python decides at capture what runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from itertools import accumulate, pairwise
+
+import torch
+from torch import nn
+from torch.compiler import is_compiling
+
+from sfmp.checks import SfmpError
+from sfmp.linear import SFMPLinear
+from sfmp.packed import TENSORS, PackedMatrix, current_cache, permutation_dtype, version
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of siblings that read the same activations
+STRIP_ROWS = 32  # row blocks of a multiple of it fill what the kernels work on
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` did.
+
+    Attributes
+    ----------
+    fused : tuple of tuples of str
+        Names of the layers that are one product.
+    left : dict of str to str
+        Name of a layer → why it is on its own.
+    """
+
+    fused: tuple[tuple[str, ...], ...]
+    left: dict[str, str]
+
+
+class FusedLinear(SFMPLinear):
+    """An SFMPLinear that takes its outputs from a `Joint` where it can."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = None if is_compiling() else self._joint.take(self, x)
+        return super().forward(x) if y is None else y
+
+
+class Joint:
+    """The layers that are one product, and the product. One token costs one product, no copies.
+
+    Attributes
+    ----------
+    members : tuple of FusedLinear
+    """
+
+    def __init__(self, members):
+        self.members = tuple(members)
+        self._cache: dict = {}
+        self._local = threading.local()
+
+    def __getstate__(self):
+        return {"members": self.members}
+
+    def __setstate__(self, state):
+        self.__init__(state["members"])
+
+    def open(self, module, args):
+        """Before the parent runs: from now on layers may share. A forward pre-hook."""
+        if not is_compiling():
+            self._local.shared = {}
+
+    def close(self, module, args, output):
+        """After the parent ran or failed: nothing is kept. A forward hook that is always called."""
+        if not is_compiling():
+            self._local.shared = None
+
+    def take(self, member: FusedLinear, x) -> torch.Tensor | None:
+        """Return the outputs of a member, or None if it has to compute them itself.
+
+        That is the case outside its parent, for activations other than those the first member got, for a second call
+        with the same, and where the product of all would not be what the product of one is. Inference tensors do not
+        count their changes: one that is changed in place between two siblings is not noticed.
+        """
+        shared = getattr(self._local, "shared", None)
+        if shared is None or not isinstance(x, torch.Tensor):
+            return None
+        asked = member.backend, member.mode, torch.is_grad_enabled(), version(x)
+        if not shared:
+            if not self._agrees(member):
+                return None
+            shared.update(x=x, asked=asked, parts=self._parts(member, x))
+        if shared["x"] is not x or shared["asked"] != asked:
+            return None
+        return shared["parts"].pop(member, None)
+
+    def _agrees(self, member) -> bool:
+        """Whether the product of all is what each of them would compute."""
+        learning = torch.is_grad_enabled()
+        return (any(member is other for other in self.members)  # not a copy, as nn.DataParallel makes them
+                and not any("keep" in other._cache or (learning and other.bias is not None and other.bias.requires_grad)
+                            for other in self.members))
+
+    def _parts(self, member, x):
+        product = self.product()
+        product.backend, product.mode = member.backend, member.mode
+        y = product(x)
+        ends = list(accumulate((other.out_features for other in self.members), initial=0))
+        # Contiguous as the layers' own outputs are; of a single token a part is that already.
+        return {other: y[..., first:last].contiguous()
+                for other, (first, last) in zip(self.members, pairwise(ends), strict=True)}
+
+    def product(self) -> SFMPLinear:
+        """The merged layer, made from the members' tensors as they are now."""
+        held = [member._buffers | member._parameters for member in self.members]
+        tensors = tuple(found[key] for found in held for key in (*TENSORS, "bias") if found.get(key) is not None)
+        self._cache = current_cache(self._cache, tensors)
+        if "product" not in self._cache:
+            self._cache["product"] = SFMPLinear.from_packed(merge([member.packed for member in self.members]))
+        return self._cache["product"]
+
+
+def fuse(model: nn.Module) -> FuseReport:
+    """Make one product of the layers of GROUPS that can be one, in place; results do not change.
+
+    Layers can be fused if they are SFMPLinear siblings named as in `GROUPS` whose column order, group size, columns and
+    device are the same, and whose row blocks fit each other. ``QuantSpec.shared_columns`` gives q, k and v one column
+    order, and gate and up. On the CPU the bits of the results stay; on a GPU sums may be taken in another order.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With SFMPLinear layers, of any architecture. Layers that are fused already stay so.
+
+    Returns
+    -------
+    FuseReport
+        Names of what is fused, and why others are not.
+
+    Raises
+    ------
+    SfmpError
+        The model has no SFMPLinear.
+
+    Notes
+    -----
+    Source: CUDA.md section 4.2, fused mode.
+
+    Examples
+    --------
+    >>> fuse(nn.Linear(2, 2))
+    Traceback (most recent call last):
+    sfmp.checks.SfmpError: model: expected at least one SFMPLinear, found none; quantize the model first
+    """
+    if not any(isinstance(module, SFMPLinear) for module in model.modules()):
+        raise SfmpError("model: expected at least one SFMPLinear, found none; quantize the model first")
+    fused, left = [], {}
+    for name, parent in model.named_modules():
+        for group in GROUPS:
+            layers = {key: layer for key in group if isinstance(layer := parent._modules.get(key), SFMPLinear)}
+            for keys, why in _partition(layers):
+                names = tuple(f"{name}.{key}" if name else key for key in keys)
+                if why:
+                    left.update(dict.fromkeys(names, why))
+                    continue
+                fused.append(names)
+                members = [layers[key] for key in keys]
+                if not isinstance(members[0], FusedLinear):
+                    _join(parent, members)
+    return FuseReport(tuple(fused), left)
+
+
+def _partition(layers: dict[str, SFMPLinear]) -> list[tuple[list[str], str]]:
+    """Siblings → (keys that are one product, "") and (keys that are not, why)."""
+    done: dict[Joint, list[str]] = {}
+    alike: dict[tuple, list[str]] = {}
+    for key, layer in layers.items():
+        if isinstance(layer, FusedLinear):
+            done.setdefault(layer._joint, []).append(key)
+        else:
+            columns = layer.col_perm.cpu().numpy().tobytes()
+            alike.setdefault((columns, layer.group_size, layer.col_perm.device), []).append(key)
+    found = [(keys, "") for keys in done.values()]
+    for keys in alike.values():
+        if len(keys) == 1:
+            others = ", ".join(key for key in layers if key not in keys) or "no packed sibling"
+            found.append((keys, f"its column order, group size or device is not that of {others}; "
+                                "QuantSpec.shared_columns makes the orders equal"))
+        elif any("forward" in layers[key].__dict__ for key in keys):
+            found.append((keys, "a forward was replaced (as accelerate does for offloading)"))
+        else:
+            fits = common_rows([layers[key].packed for key in keys])
+            found.append((keys, "" if fits else "their row blocks do not fit each other"))
+    return found
+
+
+def _join(parent: nn.Module, members: list[SFMPLinear]) -> None:
+    joint = Joint(members)
+    for member in members:
+        member.__class__, member._joint = FusedLinear, joint  # the layer stays: its hooks, its place, its tensors
+    parent.register_forward_pre_hook(joint.open)
+    parent.register_forward_hook(joint.close, always_call=True)
+
+
+def common_rows(matrices) -> int | None:
+    """Rows of the largest row block that divides those of all matrices, and where they meet; None if it is too small.
+
+    Blocks are cut only into multiples of `STRIP_ROWS`.
+
+    Parameters
+    ----------
+    matrices : list of PackedMatrix
+    """
+    sizes = [matrix.block_rows for matrix in matrices]
+    block = math.gcd(*sizes, *(matrix.shape[0] for matrix in matrices[:-1]))
+    return block if block % STRIP_ROWS == 0 or set(sizes) == {block} else None
+
+
+def merge(matrices: list[PackedMatrix]) -> PackedMatrix:
+    """Return the matrices one below the other, as one.
+
+    Parameters
+    ----------
+    matrices : list of PackedMatrix
+        Of equal column order and group size, on one device. Where some have a bias, the others get zeros.
+
+    Raises
+    ------
+    SfmpError
+        Column orders or group sizes differ, or the row blocks do not fit.
+
+    Examples
+    --------
+    >>> from sfmp.bench.random_model import random_packed
+    >>> one = random_packed(64, 128, 3)
+    >>> merge([one, one]).dequantize().equal(one.dequantize().repeat(2, 1))
+    True
+    """
+    first, block = matrices[0], common_rows(matrices)
+    if any(matrix.group_size != first.group_size or not torch.equal(matrix.col_perm, first.col_perm)
+           for matrix in matrices):
+        raise SfmpError("matrices: expected one column order and group size, found several; quantize with "
+                        "QuantSpec(shared_columns=True)")
+    if block is None:
+        raise SfmpError(f"matrices: expected row blocks with a common divisor that is a multiple of {STRIP_ROWS}, "
+                        f"found blocks of {[matrix.block_rows for matrix in matrices]} rows in matrices of "
+                        f"{[matrix.shape[0] for matrix in matrices]}; quantize with equal block_rows")
+    rows = list(accumulate((matrix.shape[0] for matrix in matrices), initial=0))
+    with torch.inference_mode(False), torch.no_grad():  # a later forward may need gradients
+        cut = [_cut(matrix, block) for matrix in matrices]
+        planes = [words for of_group in zip(*(words for words, _ in cut), strict=True) for words in of_group]
+        perms = [matrix.row_perm.long() + start for matrix, start in zip(matrices, rows[:-1], strict=True)]
+        order = torch.cat(perms).to(getattr(torch, permutation_dtype(rows[-1]).__name__))
+        biases = [matrix.bias for matrix in matrices]
+        if any(bias is not None for bias in biases):
+            zeros = (matrix.alpha.new_zeros(matrix.shape[0]) for matrix in matrices)
+            bias = torch.cat([zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)])
+        else:
+            bias = None
+        return PackedMatrix(
+            torch.cat(planes), *(torch.cat([getattr(matrix, key) for matrix in matrices], dim=1)
+                                 for key in ("alpha", "beta")),
+            torch.cat([bits for _, bits in cut], dim=1), order, first.col_perm.clone(), bias,
+            (rows[-1], first.shape[1]), first.group_size, block)
+
+
+def _cut(matrix: PackedMatrix, block: int):
+    """Words of each group with row blocks of `block` rows, list of [words], and their bits, [groups, row blocks]."""
+    starts, size = matrix.block_offsets().tolist(), matrix.block_rows
+    words = []
+    heights = [-(-min(size, matrix.shape[0] - first) // block) * block for first in range(0, matrix.shape[0], size)]
+    for group in range(matrix.groups):
+        pieces = []
+        for number, height in enumerate(heights, group * matrix.row_blocks):
+            stored = matrix.planes[starts[number] : starts[number + 1]].view(-1, size)
+            pieces += [piece.reshape(-1) for piece in stored[:, :height].split(block, dim=1)]
+        words.append(torch.cat(pieces))
+    times = torch.tensor([height // block for height in heights], device=matrix.device)
+    return words, matrix.block_bits.repeat_interleave(times, dim=1)
