@@ -1,0 +1,121 @@
+"""Copies of one packed matrix, and functions that multiply with one of them each.
+
+On a CUDA device a matrix is laid out once and its image is copied there; products go the way that a layer's go, so
+eager times are those of users. On a processor every copy is repacked by the CPU kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+
+from kernels_numba import matmul
+from sfmp.checks import SfmpError
+from sfmp.packed import PackedMatrix
+
+WAYS = {"cuda": ("mma", "lut", "dequantize"), "cpu": ("lut16", "exact")}
+
+Products = list[Callable[[], torch.Tensor]]
+
+
+def default_modes(device: str) -> tuple[str, ...]:
+    """Modes of the kernels that can run on a device."""
+    if device == "cuda":
+        return WAYS["cuda"][:2]
+    from kernels_numba.cpu import targets
+
+    known = targets.MODES[targets.detect()[0]]
+    return tuple(mode for mode in WAYS["cpu"] if mode in known)
+
+
+def table_bytes(width: int) -> int:
+    """Shared memory of a block of the look-up kernel for one token: its tables and the sums beside them."""
+    from kernels_numba.gpu import lut
+
+    return lut.shared_bytes(width, 1)
+
+
+def make_copies(packed: PackedMatrix, way: str, count: int, device: str) -> DeviceCopies | HostCopies:
+    """Copies of a matrix for one of `WAYS` of a device."""
+    return DeviceCopies(packed, way, count) if device == "cuda" else HostCopies(packed, way, count)
+
+
+class DeviceCopies:
+    """Copies on a CUDA device: one layout, several images."""
+
+    def __init__(self, packed: PackedMatrix, way: str, count: int):
+        from kernels_numba.gpu import weight
+
+        self._way, mode = way, "lut" if way == "lut" else "mma"
+        first = weight.make_weight(packed, mode, torch.device("cuda", torch.cuda.current_device()))
+        self._weights = [first, *(weight.Weight(first.image.clone(), first.structure) for _ in range(count - 1))]
+
+    def products(self, x: torch.Tensor, columns=None, rows=None, **options) -> Products:
+        """One function for each copy that returns x Wᵀ.
+
+        Parameters
+        ----------
+        x : [tokens, K]
+        columns, rows : int64 [K], [N], optional
+            torch permutes x before the product and y after it.
+        options : of `mma_run.plan` or `lut_run.plan`
+        """
+        weights = [_with(weight, options) for weight in self._weights] if options else self._weights
+        multiply = _dequantized if self._way == "dequantize" else _by_kernel
+        products = [functools.partial(multiply, weight) for weight in weights]
+        return [functools.partial(_around, product, x, columns, rows) for product in products]
+
+
+def _with(weight, options):
+    """The same image, multiplied with other options."""
+    structure = dataclasses.replace(weight.structure, options={**weight.structure.options, **options})
+    return type(weight)(weight.image, structure, weight.kinds)
+
+
+def _by_kernel(weight, x):
+    """As a layer multiplies; from the crossover on, where a layer dequantizes, with the kernel all the same."""
+    from kernels_numba.gpu import devices
+    from kernels_numba.gpu.weight import CHUNK
+
+    if weight.structure.mode == "lut" or len(x) < devices.get(x.device.index).settings.crossover:
+        return weight.multiply(x, None)
+    return torch.cat([_piece(weight, part) for part in x.split(CHUNK)])
+
+
+def _piece(weight, x):
+    run = weight.prepared(len(x), x.dtype)
+    y, scratch = x.new_empty(len(x), weight.rows), x.new_empty(run.scratch_bytes, dtype=torch.uint8)
+    run(x.data_ptr(), y.data_ptr(), weight.no_bias, scratch.data_ptr())
+    return y
+
+
+def _dequantized(weight, x):
+    from kernels_numba.gpu import panels
+
+    y = x.new_empty(len(x), weight.rows)
+    panels.multiply(weight, x, y, None)
+    return y
+
+
+class HostCopies:
+    """Copies for the CPU kernels."""
+
+    def __init__(self, packed: PackedMatrix, way: str, count: int):
+        self._way = way
+        self._packed = [dataclasses.replace(packed, planes=packed.planes.clone()) for _ in range(count)]
+
+    def products(self, x: torch.Tensor, columns=None, rows=None, **options) -> Products:
+        """See `DeviceCopies.products`; there are no options here."""
+        if options:
+            raise SfmpError(f"{', '.join(options)}: expected a CUDA device, found a processor; leave it out")
+        products = [functools.partial(matmul, packed=packed, backend="cpu", mode=self._way) for packed in self._packed]
+        return [functools.partial(_around, product, x, columns, rows) for product in products]
+
+
+def _around(product, x, columns, rows):
+    if columns is None:
+        return product(x)
+    return product(x.index_select(1, columns)).index_select(1, rows)
