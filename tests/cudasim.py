@@ -29,16 +29,8 @@ def run_lut(packed, x, y, width, shares, warps):
 def run_mma(packed, x, y, **options):
     """Write the product of the tensor-core kernel into y."""
     layout = mma_layout.make_layout(packed)
-    kind = str(x.dtype).removeprefix("torch.")
-    arrays = {**mma_run.layout_arrays(layout), "x": plain(x), "y": plain(y), "bias": bias_of(packed)}
-    run_plan(mma_run.plan(layout, len(x), kind, **options), arrays)
-
-
-def run_plan(plan, arrays):
-    """Run a plan; its scratch starts as NaN."""
-    scratch = {name: np.full(size, *{"f": (np.nan, np.float32), "h": (0x7FFF, np.uint16)}[letter])
-               for name, (size, letter) in plan.scratch.items()}
-    launches.run(plan, {**arrays, **scratch})
+    plan = mma_run.plan(layout, len(x), str(x.dtype).removeprefix("torch."), **options)
+    launches.run(plan, {**mma_run.layout_arrays(layout), **filled(plan), **ends(packed, x, y)})
 
 
 def filled(plan):

@@ -108,15 +108,19 @@ def test_shares_follow_tiles_and_processors():
     assert lut_run.choose_shares(layout, 6, 13) == 3
 
 
-def test_every_instruction_has_a_twin():
-    names = []
-    for file in ("ptx.py", "twins.py"):
-        tree = ast.parse((GPU / file).read_text())
-        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        functions |= {node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)
-                      and isinstance(node.targets[0], ast.Name)}
-        names.append({name for name in functions if not name.startswith("_")})
-    assert names[0] == names[1] and len(names[0]) > 8
+@pytest.mark.parametrize("ptx,twins", [("ptx.py", "twins.py"), ("ptx_shared.py", "twins_shared.py")])
+def test_every_instruction_has_a_twin(ptx, twins):
+    names = _names(ptx)
+    assert names == _names(twins) and len(names) > 2
+
+
+def _names(file):
+    """Public functions of a module, defined or assigned."""
+    body = ast.parse((GPU / file).read_text()).body
+    names = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+    names |= {name.id for node in body if isinstance(node, ast.Assign) for target in node.targets
+              for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
 
 
 @pytest.mark.parametrize("width", range(1, 9))
@@ -158,13 +162,15 @@ def test_units_and_scales_give_back_every_weight(seed, shape):
     for strip, block in enumerate(layout.strip_block):
         first, last = layout.block_tiles[block : block + 2]
         names = layout.rows[32 * strip :][:32]
-        for tile in range(first, last):
-            width, start = layout.tile_bits[tile], layout.strip_chunk[strip] + layout.tile_chunk[tile]
+        table = layout.tiles.reshape(-1, layout.most_tiles)[strip // layout.most_strips]
+        assert strip // layout.most_strips == block and not table[last - first :].any()
+        for tile, info in enumerate(table[: last - first]):
+            width, start = info % 16, layout.strip_chunk[strip] + info // 16
             words = layout.units[128 * start :][: 128 * width].reshape(width, 32, 4)
             for part in range(per_unit):
-                segment = layout.segments[tile * per_unit + part]
+                segment = layout.segments[(block * layout.most_tiles + tile) * per_unit + part]
                 where = layout.columns[segment * layout.segment :][: layout.segment]
-                record = layout.strip_record[strip] + (tile - first) * per_unit + part
+                record = layout.strip_record[strip] + tile * per_unit + part
                 scales = layout.scales[32 * record :][:32].view(np.float16).reshape(32, 2)[place].astype(float)
                 for column in np.flatnonzero(where >= 0):
                     codes = [_code(words, width, row, part * layout.segment + column) for row in range(32)]

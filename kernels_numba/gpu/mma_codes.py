@@ -13,7 +13,7 @@ U = types.uint32
 
 @functools.cache
 def extractor(width: int):
-    """Device function (words, rho, h, i, odd) → two codes as float16 times 2^-10, for 1 to 4 bits."""
+    """Device function (words, rest, rho, h, i, odd) → two codes as float16 times 2^-10, for 1 to 4 bits."""
 
     @device
     def codes(word, mask, place):
@@ -22,57 +22,53 @@ def extractor(width: int):
         return multiply_halves(cut, U(((29 - place) << 10) * 0x10001))
 
     @device
-    def codes_of_nibbles(words, rho, h, i, odd):
+    def codes_of_nibbles(words, rest, rho, h, i, odd):
         return codes(U(words[4 * rho + i] >> U(8 * h)), 15, 4 * odd)
 
     @device
-    def codes_3(words, rho, h, i, odd):
-        return codes(U(words[4 * rho + i] >> U(8 * h)), 7, 4 * odd)
+    def codes_3(words, rest, rho, h, i, odd):
+        word = words[3 * rho + i] if i < 3 else rest[rho]
+        return codes(U(word >> U(8 * h)), 7, 4 * odd)
 
     @device
-    def codes_2(words, rho, h, i, odd):
+    def codes_2(words, rest, rho, h, i, odd):
         return codes(U(words[2 * rho + h] >> U(8 * (i // 2))), 3, 2 * (2 * (i % 2) + odd))
 
     @device
-    def codes_1(words, rho, h, i, odd):
+    def codes_1(words, rest, rho, h, i, odd):
         return codes(U(words[rho] >> U(8 * h)), 1, 2 * i + odd)
 
     return (codes_1, codes_2, codes_3, codes_of_nibbles)[width - 1]
 
 
-@functools.cache
-def loader(width: int):
-    """Device function (units, byte, words) that loads the words of a lane, for 1 to 4 bits."""
-
-    @device
-    def load(units, at, words):
-        for chunk in range(width):
-            first = 4 * chunk
+@device
+def load_chunks(units, at, count, words):
+    """Load up to four chunks of a lane; whatever the count, that is four instructions, some of which do nothing."""
+    for chunk in range(4):
+        first = 4 * chunk
+        if chunk < count:
             words[first], words[first + 1], words[first + 2], words[first + 3] = load_line(units, at + 512 * chunk)
 
-    @device
-    def load_3(units, at, words):
-        load(units, at, words)
-        for row in range(4):  # from the last, since every row moves up
-            rho = 3 - row
-            a, b, c = words[3 * rho], words[3 * rho + 1], words[3 * rho + 2]
-            rest = U(U(a >> U(3)) & U(0x11111111)) | U(U(b >> U(2)) & U(0x22222222)) | U(U(c >> U(1)) & U(0x44444444))
-            words[4 * rho], words[4 * rho + 1], words[4 * rho + 2], words[4 * rho + 3] = a, b, c, U(rest)
 
-    return load_3 if width == 3 else load
+@device
+def collect_rest(words, rest):
+    """The words of 3-bit codes of i = 3, which ride in the others."""
+    for rho in range(4):
+        a, b, c = words[3 * rho], words[3 * rho + 1], words[3 * rho + 2]
+        rest[rho] = U(U(a >> U(3)) & U(0x11111111)) | U(U(b >> U(2)) & U(0x22222222)) | U(U(c >> U(1)) & U(0x44444444))
 
 
 @functools.cache
 def stepper(width: int, tiles: int):
-    """Device function (words, i, b, sums): add the products of 32 columns to the sums of 32 rows and 8·tiles tokens."""
+    """Device function (words, rest, i, b, sums): add the products of 32 columns to the sums."""
     codes = extractor(width)
 
     @device
-    def step(words, i, b, sums):
+    def step(words, rest, i, b, sums):
         for odd in range(2):
             for half in range(2):
-                a0, a1 = codes(words, 2 * half, 0, i, odd), codes(words, 2 * half + 1, 0, i, odd)
-                a2, a3 = codes(words, 2 * half, 1, i, odd), codes(words, 2 * half + 1, 1, i, odd)
+                a0, a1 = codes(words, rest, 2 * half, 0, i, odd), codes(words, rest, 2 * half + 1, 0, i, odd)
+                a2, a3 = codes(words, rest, 2 * half, 1, i, odd), codes(words, rest, 2 * half + 1, 1, i, odd)
                 for tile in range(tiles):
                     c, at = 8 * tile + 4 * half, 4 * tile + 2 * odd
                     sums[c], sums[c + 1], sums[c + 2], sums[c + 3] = multiply_tiles(

@@ -22,7 +22,7 @@ import dataclasses
 
 import numpy as np
 
-from kernels_numba.gpu.segments import column_map, gather_segments, make_tiles, row_strips, scale_words
+from kernels_numba.gpu.segments import EMPTY, column_map, gather_segments, make_tiles, row_strips, scale_words
 from sfmp.planes import unpack_planes
 
 UNIT_ROWS, UNIT_COLUMNS = 32, 128
@@ -37,21 +37,25 @@ class MmaLayout:
     units : uint32 [chunks · 128], ordered [row block][strip of 32 rows][tile]
     scales : uint32 [strips · tiles · segments of a unit · 32]
         Order as the units; alpha and beta of row g + 8·rho at place 4g + rho.
-    tile_bits, tile_chunk : int32 [tiles], bits, and chunks before a tile in its strip
-    segments : int32 [tiles · 128/segment], numbers of segments; the last number is the empty segment
-    columns : int32 [(segments + 1) · segment], natural column of a permuted one or −1
-    block_tiles : int32 [row_blocks + 1], first tile of a row block
+    tiles : int32 [row_blocks · most_tiles]
+        Bits + 16 · chunks before the tile in its strip; 0 after the last tile of a row block.
+    segments : int32 [row_blocks · most_tiles · 128/segment]
+        Numbers of segments; where there is none, that of one without columns.
+    columns : int32 [segments and at least one without columns, a multiple of 128]
+        Natural column of a permuted one or −1.
+    block_tiles : int32 [row_blocks + 1], tiles before a row block
     strip_block, strip_chunk, strip_record : int32 [strips], row block, first chunk and first record of 32 scales
     rows : int32 [strips · 32], natural row or −1
     segment : int, columns of a segment
+    most_tiles : int, of a row block
+    most_strips : int, strips of a row block other than the last
     widths : tuple of the bit-widths that occur
     shape : (N, K)
     """
 
     units: np.ndarray
     scales: np.ndarray
-    tile_bits: np.ndarray
-    tile_chunk: np.ndarray
+    tiles: np.ndarray
     segments: np.ndarray
     columns: np.ndarray
     block_tiles: np.ndarray
@@ -60,6 +64,8 @@ class MmaLayout:
     strip_record: np.ndarray
     rows: np.ndarray
     segment: int
+    most_tiles: int
+    most_strips: int
     widths: tuple[int, ...]
     shape: tuple[int, int]
 
@@ -76,7 +82,13 @@ def make_layout(packed) -> MmaLayout:
     alpha, beta = (np.repeat(part.cpu().numpy().T, size // tiles.segment, axis=1) for part in
                    (packed.alpha, packed.beta))
     row_perm = packed.row_perm.cpu().numpy().astype(np.int32)
-    units, scales, before, chunks, records = [], [], [], [], []
+    counts, per_unit = np.diff(tiles.first), UNIT_COLUMNS // tiles.segment
+    columns = column_map(packed.col_perm.cpu().numpy(), packed.groups, size)
+    empty, most = len(columns) // tiles.segment, int(counts.max())
+    columns = np.append(columns, np.full(UNIT_COLUMNS - len(columns) % UNIT_COLUMNS, EMPTY, np.int32))
+    table = np.zeros((len(counts), most), np.int32)
+    numbers = np.full((len(counts), most, per_unit), empty, np.int32)
+    units, scales, chunks, records = [], [], [], []
     for block, (first, last) in enumerate(zip(tiles.first[:-1], tiles.first[1:], strict=True)):
         chosen = permuted[strips[block] * UNIT_ROWS : strips[block + 1] * UNIT_ROWS]
         own = [np.where(chosen[:, None] < 0, part.dtype.type(0), part[np.maximum(chosen, 0)])
@@ -91,18 +103,15 @@ def make_layout(packed) -> MmaLayout:
         units.append(np.concatenate(parts, axis=1).ravel())
         record = gather_segments(scale_words(*own[1:]), segments, 1).reshape(len(bits), height, 4, 8, -1)
         scales.append(record.transpose(1, 0, 4, 3, 2).ravel())  # [strip, tile, segment, g, rho]
-        before.append(np.cumsum(bits) - bits)
+        table[block, : len(bits)] = bits + 16 * (np.cumsum(bits) - bits)
+        numbers[block, : len(bits)] = np.where(segments < 0, empty, segments)
         chunks += [int(bits.sum())] * height
         records += [segments.size] * height
     natural = np.where(permuted < 0, permuted, row_perm[np.maximum(permuted, 0)])
-    columns = column_map(packed.col_perm.cpu().numpy(), packed.groups, size)
-    empty = len(columns) // tiles.segment
     return MmaLayout(
-        np.concatenate(units), np.concatenate(scales), tiles.bits, np.concatenate(before).astype(np.int32),
-        np.where(tiles.segments < 0, empty, tiles.segments).astype(np.int32).ravel(),
-        np.append(columns, np.full(tiles.segment, -1, np.int32)), tiles.first,
-        np.repeat(np.arange(len(strips) - 1, dtype=np.int32), np.diff(strips)), _starts(chunks), _starts(records),
-        natural, tiles.segment, tuple(np.unique(tiles.bits).tolist()), tuple(packed.shape))
+        np.concatenate(units), np.concatenate(scales), table.ravel(), numbers.ravel(), columns, tiles.first,
+        np.repeat(np.arange(len(counts), dtype=np.int32), np.diff(strips)), _starts(chunks), _starts(records),
+        natural, tiles.segment, most, int(strips[1]), tuple(np.unique(tiles.bits).tolist()), tuple(packed.shape))
 
 
 def unit_words(codes: np.ndarray, width: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from numba.core import config
 
 if config.ENABLE_CUDASIM:
     from kernels_numba.gpu.twins import *  # noqa: F403
+    from kernels_numba.gpu.twins_shared import *  # noqa: F403
 
     def device(function):
         """A function that kernels call, as it is."""
@@ -26,6 +27,7 @@ if config.ENABLE_CUDASIM:
 
 else:
     from kernels_numba.gpu.ptx import *  # noqa: F403
+    from kernels_numba.gpu.ptx_shared import *  # noqa: F403
 
     def device(function):
         """A function that kernels call, compiled into each of them."""
