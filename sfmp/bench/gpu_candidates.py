@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -68,41 +69,41 @@ class Matrices:
         self._copies = functools.cache(functools.partial(make_copies, self.packed, device=settings.device,
                                                          count=settings.copies(self.packed_bytes)))
 
-    def candidate(self, x: torch.Tensor, mode: str, gather: str | None = None, **options) -> Candidate:
+    def candidate(self, x: torch.Tensor, way: str, around: bool = False, **options) -> Candidate:
         """Products of x [tokens, K].
 
         Parameters
         ----------
         x : on the device
-        mode : one of `gpu_products.WAYS`
-        gather : {"unfused"}, optional
-            torch permutes x and y around the product of a matrix in natural order.
-        options : of `DeviceCopies.products`; they become columns of the row
+        way : one of `gpu_products.WAYS`
+        around : torch permutes x and y around the product of a matrix in natural order
+        options : of `DeviceCopies.products`
         """
-        if gather == "unfused":
+        copies, tokens, kind = self._copies(way), len(x), str(x.dtype).removeprefix("torch.")
+        if around:
             columns, rows = _permutations(*self.packed.shape[::-1], x.device)
-            products = self.products(x, mode, columns=columns, rows=rows, **options)
+            products = copies.products(x, columns=columns, rows=rows, **options)
             expected = (x[:, columns].double() @ self.dense().T)[:, rows]
         else:
-            products, expected = self.products(x, mode, **options), x.double() @ self.dense().T
-        tokens, kind = len(x), str(x.dtype).removeprefix("torch.")
-        name = " ".join([mode, self.kind.label, *(f"{key} {value}" for key, value in options.items()),
-                         *([gather] if gather else []), *([kind] if kind != "float16" else []),
-                         *([f"{tokens} tokens"] if tokens > 1 else [])])
+            products, expected = copies.products(x, **options), x.double() @ self.dense().T
+        natural = self.kind.natural and not around
+        gather = "unfused" if around else "none" if natural else copies.gather(x, **options)
+        label = self.kind.label.replace(" natural", " unfused") if around else self.kind.label
+        name = " ".join([way, label, *(f"{key} {value}" for key, value in options.items()),
+                         *([kind] if kind != "float16" else []), *([f"{tokens} tokens"] if tokens > 1 else [])])
         predicted = None
-        if tokens <= ONE_READING.get(mode, 1):
+        if self.settings.device == "cuda" and tokens <= ONE_READING.get(way, 1):
             predicted = round(predicted_us(self.packed_bytes, self.copy_gbps), 3)
-        natural = self.kind.natural and not gather
         return Candidate(name, "sfmp", products, self.packed_bytes,
                          error=checked(products[0], expected, x.dtype),
-                         facts={"mode": mode, "bits": round(self.packed.wbits, 6), "layout": self.kind.layout,
-                                "natural": natural, "gather": gather or ("none" if natural else "fused"),
-                                "tokens": tokens, "dtype": kind, "group_size": self.kind.group_size, **options,
+                         facts={"mode": "mma" if way == "dequantize" else way, "bits": round(self.packed.wbits, 6),
+                                "layout": self.kind.layout, "natural": natural, "gather": gather, "tokens": tokens,
+                                "dtype": kind, "group_size": self.kind.group_size, "way": way,
                                 "predicted_us": predicted})
 
-    def products(self, x: torch.Tensor, mode: str, **options):
+    def products(self, x: torch.Tensor, way: str) -> list[Callable[[], torch.Tensor]]:
         """One function for each copy, see `DeviceCopies.products`."""
-        return self._copies(mode).products(x, **options)
+        return self._copies(way).products(x)
 
     def moved(self) -> PackedMatrix:
         """The matrix with its tensors on the device."""

@@ -40,9 +40,11 @@ def product(part: dict, settings: Settings, attempt: Try) -> None:
         for mode in default_modes(settings.device):
             attempt(f"{mode} {kind.label}", partial(matrices.candidate, x, mode))
             if kind.layout == "blocks" and kind.natural:
-                attempt(f"{mode} {kind.label} unfused", partial(matrices.candidate, x, mode, "unfused"))
+                attempt(f"{mode} {kind.label} unfused", partial(matrices.candidate, x, mode, True))
             elif kind.layout == "blocks":
                 attempt(f"{mode} {kind.label} bfloat16", partial(matrices.candidate, x.bfloat16(), mode))
+            if kind == Kind(3) and mode == "mma":
+                attempt(f"{mode} {kind.label} gather unfused", partial(matrices.candidate, x, mode, gather="unfused"))
     _peers(shape, x, settings, copy_gbps, attempt)
 
 
@@ -53,7 +55,7 @@ def batch(part: dict, settings: Settings, attempt: Try) -> None:
     for tokens in part["batches"]:
         x = _activations(tokens, shape[1], settings)
         for way in WAYS[settings.device]:
-            attempt(f"{way} {tokens} tokens", partial(_with_way, matrices, x, way))
+            attempt(f"{way} {tokens} tokens", partial(matrices.candidate, x, way))
         _peers(shape, x, settings, copy_gbps, attempt, f" {tokens} tokens")
 
 
@@ -147,12 +149,6 @@ def _activations(tokens, columns, settings):
 def _peers(shape, x, settings, copy_gbps, attempt, suffix=""):
     for name, make in gpu_peers.makers(*shape, x, settings, copy_gbps).items():
         attempt(name + suffix, make, peer=gpu_peers.missing(name, settings.device) or "")
-
-
-def _with_way(matrices, x, way):
-    candidate = matrices.candidate(x, way)
-    candidate.facts["way"] = way
-    return candidate
 
 
 def _with_table(matrices, x, mode, table_width):

@@ -60,7 +60,9 @@ def _dense(rows, columns, x, settings, copy_gbps):
     weights = [_uniform(x, rows, columns).sub_(0.5).mul_(2 * SCALE) for _ in range(settings.copies(size))]
     kind = str(x.dtype).removeprefix("torch.")
     products = [functools.partial(torch.nn.functional.linear, x, weight) for weight in weights]
-    predicted = round(predicted_us(size, copy_gbps, dense=True), 3) if len(x) == 1 else None
+    predicted = None
+    if settings.device == "cuda" and len(x) == 1:
+        predicted = round(predicted_us(size, copy_gbps, dense=True), 3)
     return _candidate(f"torch {kind}", "torch", products, size, x.double() @ weights[0].double().T, x, kind,
                       8 * x.element_size(), predicted)
 
@@ -125,6 +127,7 @@ def _gemlite(rows, columns, x, bits, settings):
 
 def _candidate(name, family, products, size, expected, x, mode, bits, predicted=None):
     kind = str(x.dtype).removeprefix("torch.")
+    name += f" {len(x)} tokens" if len(x) > 1 else ""
     return Candidate(name, family, products, size, error=checked(products[0], expected, x.dtype),
                      facts={"mode": mode, "bits": bits, "layout": "uniform", "natural": True, "gather": "none",
                             "tokens": len(x), "dtype": kind, "group_size": GROUP_SIZE if bits < 16 else None,

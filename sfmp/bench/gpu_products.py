@@ -65,8 +65,21 @@ class DeviceCopies:
         """
         weights = [_with(weight, options) for weight in self._weights] if options else self._weights
         multiply = _dequantized if self._way == "dequantize" else _by_kernel
-        products = [functools.partial(multiply, weight) for weight in weights]
+        bias = torch.zeros(weights[0].rows, device=x.device)
+        products = [functools.partial(multiply, weight, bias) for weight in weights]
         return [functools.partial(_around, product, x, columns, rows) for product in products]
+
+
+    def gather(self, x: torch.Tensor, **options) -> str:
+        """Who orders activations: "fused", or "own kernel" where a launch before the product does."""
+        from kernels_numba.gpu import mma_gather
+        from kernels_numba.gpu.weight import LAYOUTS, name_of
+
+        structure = self._weights[0].structure
+        if self._way == "dequantize":
+            return "fused"
+        plan = LAYOUTS[structure.mode][1].plan(structure.layout, len(x), name_of(x.dtype), **options)
+        return "own kernel" if any(launch.make is mma_gather.make_arrange for launch in plan.launches) else "fused"
 
 
 def _with(weight, options):
@@ -75,24 +88,22 @@ def _with(weight, options):
     return type(weight)(weight.image, structure, weight.kinds)
 
 
-def _by_kernel(weight, x):
+def _by_kernel(weight, bias, x):
     """As a layer multiplies; from the crossover on, where a layer dequantizes, with the kernel all the same."""
     from kernels_numba.gpu import devices
     from kernels_numba.gpu.weight import CHUNK
 
     if weight.structure.mode == "lut" or len(x) < devices.get(x.device.index).settings.crossover:
         return weight.multiply(x, None)
-    return torch.cat([_piece(weight, part) for part in x.split(CHUNK)])
-
-
-def _piece(weight, x):
-    run = weight.prepared(len(x), x.dtype)
-    y, scratch = x.new_empty(len(x), weight.rows), x.new_empty(run.scratch_bytes, dtype=torch.uint8)
-    run(x.data_ptr(), y.data_ptr(), weight.no_bias, scratch.data_ptr())
+    y = x.new_empty(len(x), weight.rows)
+    for first in range(0, len(x), CHUNK):
+        run = weight.prepared(min(CHUNK, len(x) - first), x.dtype)
+        scratch = x.new_empty(run.scratch_bytes, dtype=torch.uint8)
+        run(x[first].data_ptr(), y[first].data_ptr(), bias.data_ptr(), scratch.data_ptr())
     return y
 
 
-def _dequantized(weight, x):
+def _dequantized(weight, bias, x):
     from kernels_numba.gpu import panels
 
     y = x.new_empty(len(x), weight.rows)
@@ -113,6 +124,11 @@ class HostCopies:
             raise SfmpError(f"{', '.join(options)}: expected a CUDA device, found a processor; leave it out")
         products = [functools.partial(matmul, packed=packed, backend="cpu", mode=self._way) for packed in self._packed]
         return [functools.partial(_around, product, x, columns, rows) for product in products]
+
+
+    def gather(self, x: torch.Tensor) -> str:
+        """The CPU kernels read activations in order."""
+        return "fused"
 
 
 def _around(product, x, columns, rows):
