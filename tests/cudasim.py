@@ -55,7 +55,7 @@ def bias_of(packed):
 
 def error(run, tokens, kind, seed=0, **options):
     """‖y − reference‖ / ‖reference‖ of a random matrix, against float64."""
-    shape = {key: options.pop(key) for key in tuple(options) if key not in ("width", "shares", "warps", "gather")}
+    shape = {key: options.pop(key) for key in tuple(options) if key not in ("width", "shares", "warps", "gather", "stages")}
     packed = packed_case(seed, **shape)
     x = torch.from_numpy(np.random.default_rng(seed).normal(size=(tokens, packed.shape[1]))).to(getattr(torch, kind))
     y = torch.full((tokens, packed.shape[0]), torch.nan, dtype=x.dtype)

@@ -162,13 +162,13 @@ def test_units_and_scales_give_back_every_weight(seed, shape):
     for strip, block in enumerate(layout.strip_block):
         first, last = layout.block_tiles[block : block + 2]
         names = layout.rows[32 * strip :][:32]
-        table = layout.tiles.reshape(-1, layout.most_tiles)[strip // layout.most_strips]
+        table = layout.tiles.reshape(-1, layout.table_tiles)[strip // layout.most_strips]
         assert strip // layout.most_strips == block and not table[last - first :].any()
         for tile, info in enumerate(table[: last - first]):
             width, start = info % 16, layout.strip_chunk[strip] + info // 16
             words = layout.units[128 * start :][: 128 * width].reshape(width, 32, 4)
             for part in range(per_unit):
-                segment = layout.segments[(block * layout.most_tiles + tile) * per_unit + part]
+                segment = layout.segments[(block * layout.table_tiles + tile) * per_unit + part]
                 where = layout.columns[segment * layout.segment :][: layout.segment]
                 record = layout.strip_record[strip] + tile * per_unit + part
                 scales = layout.scales[32 * record :][:32].view(np.float16).reshape(32, 2)[place].astype(float)

@@ -6,7 +6,7 @@ import functools
 
 from numba import types
 
-from kernels_numba.gpu.primitives import device, load_line, multiply_halves, multiply_tiles
+from kernels_numba.gpu.primitives import device, load_shared_line, multiply_halves, multiply_tiles
 
 U = types.uint32
 
@@ -42,12 +42,12 @@ def extractor(width: int):
 
 
 @device
-def load_chunks(units, at, count, words):
-    """Load up to four chunks of a lane; whatever the count, that is four instructions, some of which do nothing."""
-    for chunk in range(4):
+def read_chunks(address, count, words):
+    """Read `count` chunks of a lane from shared memory."""
+    for chunk in range(count):
         first = 4 * chunk
-        if chunk < count:
-            words[first], words[first + 1], words[first + 2], words[first + 3] = load_line(units, at + 512 * chunk)
+        words[first], words[first + 1], words[first + 2], words[first + 3] = load_shared_line(
+            U(address + U(512 * chunk)))
 
 
 @device

@@ -19,7 +19,6 @@ from kernels_numba.gpu.primitives import (
     half_bits,
     half_low,
     load_line_kept,
-    shared_address,
     shuffle_xor,
     store_shared,
     store_shared_pair,
@@ -120,17 +119,17 @@ def row_bytes(length: int) -> int:
 
 
 def shared_bytes(kind: str, tokens: int, segment: int, length: int) -> int:
-    """Shared memory that `gatherer` fills, and what aligning it may cost."""
+    """Shared memory that `gatherer` fills."""
     sums = length // segment * 4 * (2 if kind == "bfloat16" else 1)
-    return 16 + tokens * (row_bytes(length) + sums)
+    return tokens * (row_bytes(length) + sums)
 
 
 @functools.cache
 def gatherer(kind: str, tokens: int, segment: int, warps: int):
     """Device function that gathers all activations of 1, 2, 4 or 8 tokens into shared memory, by a block of warps.
 
-    Its caller gives shared memory of `shared_bytes`, room for 16 numbers of a lane twice, and waits for all warps.
-    Returns shared addresses: float16 [tokens][`row_bytes`], totals and units as of `make_arrange`. Where there are
+    Its caller gives the address of `shared_bytes`, a multiple of 16, and room for 16 numbers of a lane twice, and waits
+    for all warps. Returns shared addresses: float16 [tokens][`row_bytes`], totals and units as of `make_arrange`. Where there are
     fewer tokens the last one stands for those that are missing.
     """
     pack, lanes, per_part = packer(kind, segment), segment // 4, 128 // segment
@@ -149,8 +148,7 @@ def gatherer(kind: str, tokens: int, segment: int, warps: int):
                 store_shared(U(units + place), unit)
 
     @device
-    def gather(x, columns, memory, names, held, warp, lane, in_features, length, count):
-        address = U(U(shared_address(memory) + U(15)) & U(0xFFFFFFF0))
+    def gather(x, columns, unused, address, names, held, warp, lane, in_features, length, count):
         totals = U(address + U(tokens * (2 * length + 64)))
         units = U(totals + U(tokens * 4 * (length // segment)))
         parts = length // 128

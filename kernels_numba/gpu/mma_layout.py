@@ -26,6 +26,7 @@ from kernels_numba.gpu.segments import EMPTY, column_map, gather_segments, make_
 from sfmp.planes import unpack_planes
 
 UNIT_ROWS, UNIT_COLUMNS = 32, 128
+AHEAD = 128  # tiles that a kernel may look beyond the last one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,9 @@ class MmaLayout:
     units : uint32 [chunks · 128], ordered [row block][strip of 32 rows][tile]
     scales : uint32 [strips · tiles · segments of a unit · 32]
         Order as the units; alpha and beta of row g + 8·rho at place 4g + rho.
-    tiles : int32 [row_blocks · most_tiles]
-        Bits + 16 · chunks before the tile in its strip; 0 after the last tile of a row block.
-    segments : int32 [row_blocks · most_tiles · 128/segment]
+    tiles : int32 [row_blocks · table_tiles]
+        Bits + 16 · chunks before the tile in its strip; at least `AHEAD` zeros after the last tile of a row block.
+    segments : int32 [row_blocks · table_tiles · 128/segment]
         Numbers of segments; where there is none, that of one without columns.
     columns : int32 [segments and at least one without columns, a multiple of 128]
         Natural column of a permuted one or −1.
@@ -47,7 +48,7 @@ class MmaLayout:
     strip_block, strip_chunk, strip_record : int32 [strips], row block, first chunk and first record of 32 scales
     rows : int32 [strips · 32], natural row or −1
     segment : int, columns of a segment
-    most_tiles : int, of a row block
+    table_tiles : int, of a row block in tables
     most_strips : int, strips of a row block other than the last
     widths : tuple of the bit-widths that occur
     shape : (N, K)
@@ -64,7 +65,7 @@ class MmaLayout:
     strip_record: np.ndarray
     rows: np.ndarray
     segment: int
-    most_tiles: int
+    table_tiles: int
     most_strips: int
     widths: tuple[int, ...]
     shape: tuple[int, int]
@@ -84,7 +85,7 @@ def make_layout(packed) -> MmaLayout:
     row_perm = packed.row_perm.cpu().numpy().astype(np.int32)
     counts, per_unit = np.diff(tiles.first), UNIT_COLUMNS // tiles.segment
     columns = column_map(packed.col_perm.cpu().numpy(), packed.groups, size)
-    empty, most = len(columns) // tiles.segment, int(counts.max())
+    empty, most = len(columns) // tiles.segment, int(counts.max()) + AHEAD
     columns = np.append(columns, np.full(UNIT_COLUMNS - len(columns) % UNIT_COLUMNS, EMPTY, np.int32))
     table = np.zeros((len(counts), most), np.int32)
     numbers = np.full((len(counts), most, per_unit), empty, np.int32)

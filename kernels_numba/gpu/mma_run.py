@@ -10,10 +10,12 @@ from sfmp.checks import SfmpError
 
 ARRAYS = ("units", "scales", "tiles", "segments", "strip_chunk", "strip_record", "rows")
 GATHERS = ("fused", "unfused")
-STATIC_BYTES = 48 << 10  # of shared memory, what a block has without asking the driver for more
-MOST_BYTES = 99 << 10  # what one may ask for on every capability since 8.0
+MOST_BYTES = 99 << 10  # of shared memory of a block, on every capability since 8.0
+LARGE_BYTES = 227 << 10  # on 9.0, where the caller asks for it
+FUSED_TOKENS = 2  # where every strip gathers activations by default
 FEW_STRIPS = 256  # fewer leave processors of a large device one block at most, which then has 16 warps
 WARPS, MANY_WARPS = 8, 16
+STAGES = (2, 3, 4)
 
 
 def layout_arrays(layout: MmaLayout) -> dict[str, np.ndarray]:
@@ -29,9 +31,8 @@ def choose_warps(layout: MmaLayout, tokens: int) -> int:
     """
     from kernels_numba.gpu import mma
 
-    most = mma.resident_warps(layout.widths, tokens, layout.segment)
-    few = len(layout.strip_chunk) < FEW_STRIPS and layout.most_tiles >= 2 * MANY_WARPS
-    return min(most, MANY_WARPS if few else WARPS)
+    few = len(layout.strip_chunk) < FEW_STRIPS and np.diff(layout.block_tiles).max() >= 2 * MANY_WARPS
+    return min(mma.resident_warps(layout.widths, tokens), MANY_WARPS if few else WARPS)
 
 
 def kernel_tokens(tokens: int, gather: str) -> int:
@@ -47,27 +48,22 @@ def kernel_tokens(tokens: int, gather: str) -> int:
     return next(most for most in ((1, 2, 4, 8) if gather == "fused" else (1, 8, 16, 32)) if tokens <= most)
 
 
-def fused_bytes(layout: MmaLayout, tokens: int, kind: str, warps: int) -> tuple[int, int]:
-    """Shared memory of a block that gathers activations itself: all of it, and what its launch has to ask for."""
+def shared_bytes(layout: MmaLayout, tokens: int, kind: str, warps: int, stages: int, gather: str) -> int:
+    """Shared memory of a block, all of which its launch asks for."""
     from kernels_numba.gpu import mma, mma_gather
 
-    made_for = kernel_tokens(tokens, "fused")
-    asked = mma_gather.shared_bytes(kind, made_for, layout.segment, len(layout.columns))
-    return asked + mma.reduced_bytes(made_for, warps), asked
+    made_for = kernel_tokens(tokens, gather)
+    size = 16 + warps * mma.ring_bytes(layout.widths, made_for, layout.segment, stages)  # 16 for aligning it
+    if gather == "fused":
+        size += mma_gather.shared_bytes(kind, made_for, layout.segment, len(layout.columns))
+    return size
 
 
-def choose_gather(layout: MmaLayout, tokens: int, kind: str, warps: int) -> str:
-    """ "fused" where the activations fit shared memory that needs no asking for, "unfused" elsewhere.
-
-    Every strip gathers all activations, 2 bytes a number, beside 128·K/8 bytes of weights of 4 bits: that is cheap for
-    few tokens, and it saves a launch.
-    """
-    fits = tokens <= 8 and fused_bytes(layout, tokens, kind, warps)[0] <= STATIC_BYTES
-    return "fused" if fits else "unfused"
-
-
-def plan(layout: MmaLayout, tokens: int, kind: str, *, warps: int | None = None, gather: str | None = None) -> Plan:
+def plan(layout: MmaLayout, tokens: int, kind: str, *, warps: int | None = None, stages: int = 2,
+         gather: str | None = None) -> Plan:
     """Return the launches of y = x Wᵀ + bias, at most 32 tokens each.
+
+    Launches may need more than 48 KB of shared memory, which the driver gives on request only.
 
     Parameters
     ----------
@@ -77,39 +73,44 @@ def plan(layout: MmaLayout, tokens: int, kind: str, *, warps: int | None = None,
         Of x [tokens, K] and y [tokens, N], whose bits are arrays of uint16; bias is float32 [N].
     warps : int, optional
         Of a block, `choose_warps`. The result depends on it by rounding.
+    stages : {2, 3, 4}
+        Units that a warp has asked for ahead.
     gather : {"fused", "unfused"}, optional
-        Whether every block gathers the activations it needs, which takes at most 8 tokens and `MOST_BYTES`, or a kernel
-        of its own does; `choose_gather`.
+        Whether every strip gathers the activations, which at most 8 tokens can, or a kernel of its own does. "fused"
+        for 1 or 2 tokens that fit `MOST_BYTES`: each strip loads every activation one by one, which is little beside
+        its weights for few tokens only, but it saves a launch.
 
     Raises
     ------
     SfmpError
-        Activations that do not fit shared memory, or an unknown way to gather them.
+        Activations that do not fit shared memory, or an option that does not exist.
     """
     warps = warps or choose_warps(layout, tokens)
-    gather = gather or choose_gather(layout, tokens, kind, warps)
-    if gather not in GATHERS:
-        raise SfmpError(f"gather: expected {' or '.join(GATHERS)}, found {gather!r}; leave it None")
-    return (_fused if gather == "fused" else _unfused)(layout, tokens, kind, warps)
+    if gather is None:
+        fits = tokens <= FUSED_TOKENS and shared_bytes(layout, tokens, kind, warps, stages, "fused") <= MOST_BYTES
+        gather = "fused" if fits else "unfused"
+    if gather not in GATHERS or stages not in STAGES:
+        raise SfmpError(f"gather, stages: expected one of {GATHERS} and of {STAGES}, found {gather!r} and {stages!r}; "
+                        "leave them out")
+    return (_fused if gather == "fused" else _unfused)(layout, tokens, kind, warps, stages)
 
 
-def _fused(layout, tokens, kind, warps):
+def _fused(layout, tokens, kind, warps, stages):
     from kernels_numba.gpu import mma
 
     out_features, in_features = layout.shape
-    total, asked = fused_bytes(layout, min(tokens, mma.FUSED_TOKENS), kind, warps)
-    if tokens > mma.FUSED_TOKENS or total > MOST_BYTES:
-        raise SfmpError(f"activations: expected at most {mma.FUSED_TOKENS} tokens in {MOST_BYTES} bytes of shared "
-                        f'memory, found {tokens} in {total}; use gather="unfused"')
-    options = (layout.widths, kernel_tokens(tokens, "fused"), kind, layout.segment, warps)
+    size = shared_bytes(layout, min(tokens, mma.FUSED_TOKENS), kind, warps, stages, "fused")
+    if tokens > mma.FUSED_TOKENS or size > LARGE_BYTES:
+        raise SfmpError(f"activations: expected at most {mma.FUSED_TOKENS} tokens in {LARGE_BYTES} bytes of shared "
+                        f'memory, found {tokens} in {size}; use gather="unfused"')
+    options = (layout.widths, kernel_tokens(tokens, "fused"), kind, layout.segment, warps, stages)
     arguments = (*ARRAYS, "columns", "x", "bias", "y", out_features, in_features, len(layout.columns),
-                 layout.most_tiles, layout.most_strips, tokens)
-    launch = Launch(mma.make_fused, options, "uuiiiiiihfhnnnnnn", arguments, (len(layout.strip_chunk), 1), 32 * warps,
-                    asked)
-    return Plan({}, (launch,))
+                 layout.table_tiles, layout.most_strips, tokens)
+    return Plan({}, (Launch(mma.make_fused, options, "uuiiiiiihfhnnnnnn", arguments, (len(layout.strip_chunk), 1),
+                            32 * warps, size),))
 
 
-def _unfused(layout, tokens, kind, warps):
+def _unfused(layout, tokens, kind, warps, stages):
     from kernels_numba.gpu import mma, mma_gather
 
     (out_features, in_features), length = layout.shape, len(layout.columns)
@@ -120,12 +121,13 @@ def _unfused(layout, tokens, kind, warps):
     launches = []
     for first in range(0, tokens, mma.MOST_TOKENS):
         count = min(mma.MOST_TOKENS, tokens - first)
-        options = (layout.widths, kernel_tokens(count, "unfused"), kind, layout.segment, warps)
-        arguments = (*ARRAYS, *scratch, "bias", ("y", first * out_features), out_features, length, layout.most_tiles,
+        options = (layout.widths, kernel_tokens(count, "unfused"), kind, layout.segment, warps, stages)
+        arguments = (*ARRAYS, *scratch, "bias", ("y", first * out_features), out_features, length, layout.table_tiles,
                      layout.most_strips, count)
         launches += [
             Launch(mma_gather.make_arrange, (kind, layout.segment), "hiuffnn",
                    (("x", first * in_features), "columns", *scratch, in_features, length), (blocks, count),
                    32 * mma_gather.ARRANGE_WARPS),
-            Launch(mma.make_kernel, options, "uuiiiiiufffhnnnnn", arguments, (len(layout.strip_chunk), 1), 32 * warps)]
+            Launch(mma.make_kernel, options, "uuiiiiiufffhnnnnn", arguments, (len(layout.strip_chunk), 1), 32 * warps,
+                   shared_bytes(layout, count, kind, warps, stages, "unfused"))]
     return Plan(scratch, tuple(launches))

@@ -1,6 +1,9 @@
-"""Shared memory by address, as inline PTX: what `ptx` is for instructions in general, twins in `twins_shared`.
+"""Shared memory by address and copies into it, as inline PTX: what `ptx` is for other instructions.
 
-Source: PTX ISA 9.0, section 9.7.9.
+Copies run on while the thread goes on; those before a `copy_commit` are a group, groups arrive in order, and
+`copy_wait_n` waits until all but the last n groups of this thread are there. Twins are in `twins_shared`.
+
+Source: PTX ISA 9.0, sections 9.7.9 and 9.7.13.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.cuda.extending import intrinsic
 
-from kernels_numba.gpu.ptx import _I32, _VOID, _assembly, _tuple
+from kernels_numba.gpu.ptx import _I32, _VOID, _address, _assembly, _tuple
 
 
 @intrinsic
@@ -47,3 +50,48 @@ def store_shared(typingctx, address, value):
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def _copies(lines):
+    return "{ .reg .pred p; " + " ".join(
+        f"setp.gt.s32 p, $2, {i}; @p cp.async.{line} [$0+{512 * i}], [$1+{512 * i}], {size};"
+        for i, (line, size) in enumerate(lines)) + " }"
+
+
+def _copy(text):
+    @intrinsic
+    def copy(typingctx, address, pointer, offset, count):
+        signature = types.void(types.uint32, pointer, offset, types.int32)
+
+        def generate(context, builder, signature, arguments):
+            target, *source, count = arguments
+            source = _address(context, builder, signature.args[1], *source)
+            _assembly(builder, _VOID, text, "r,l,r", [target, source, count], effect=True)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return copy
+
+
+# copy_chunks(address, pointer, offset, count): 16 bytes from each of 0 to 4 chunks, which are 512 bytes apart.
+copy_chunks = _copy(_copies([("cg.shared.global.L2::256B", 16)] * 4))
+# copy_word(address, pointer, offset, count): 4 bytes if count is more than 0.
+copy_word = _copy(_copies([("ca.shared.global", 4)]))
+
+
+def _effect(text):
+    @intrinsic
+    def act(typingctx):
+        def generate(context, builder, signature, arguments):
+            _assembly(builder, _VOID, text, "", [], effect=True)
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    return act
+
+
+copy_commit = _effect("cp.async.commit_group;")
+copy_wait_1, copy_wait_2, copy_wait_3 = (_effect(f"cp.async.wait_group {left};") for left in (1, 2, 3))
+sync_warp = _effect("bar.warp.sync 0xffffffff;")
