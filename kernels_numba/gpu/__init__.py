@@ -34,5 +34,8 @@ from __future__ import annotations
 
 
 def available() -> str:
-    """Return "no: why" for `kernels_numba.available`."""
-    return "no: its kernels ran in Numba's simulator only; kernels_numba.gpu.product has them for a first test on a GPU"
+    """Return "yes: devices, modes" or "no: why" for `kernels_numba.available`."""
+    from kernels_numba.gpu import devices
+
+    why = devices.why_not()
+    return f"no: {why}" if why else f"yes: {devices.offered()}; modes mma, lut"

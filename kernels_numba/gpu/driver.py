@@ -76,16 +76,8 @@ class Driver:
         self.check(self._kernel(ctypes.byref(kernel), library, name.encode()), f"finding kernel {name}")
         return kernel.value
 
-    def settle(self, kernel: int, shared_bytes: int, device: int, name: str) -> None:
-        """Put a kernel into the current context now: at its first launch it would be too late inside a graph.
-
-        Parameters
-        ----------
-        kernel : handle
-        shared_bytes : int, shared memory beyond what the kernel declares
-        device : int, whose context is current
-        name : str, for messages
-        """
+    def settle(self, kernel: int, device: int, name: str) -> None:
+        """Put a kernel into the current context, that of `device`, now: at a launch inside a graph it is too late."""
         function = _handle()
         status = self._function(ctypes.byref(function), kernel)
         if status == NO_CONTEXT:
@@ -96,18 +88,25 @@ class Driver:
         if force is not None:
             force.restype, force.argtypes = _number, [_handle]
             self.check(force(function), f"loading kernel {name} onto device {device}")
-        if shared_bytes:
-            self.check(self._set(MAX_DYNAMIC_SHARED, shared_bytes, kernel, device),
-                       f"kernel {name}: {shared_bytes} bytes of shared memory")
+
+    def allow_shared(self, kernel: int, size: int, device: int, name: str) -> None:
+        """Let a kernel be launched with so many bytes of shared memory beyond what it declares."""
+        self.check(self._set(MAX_DYNAMIC_SHARED, size, kernel, self._number_of(device)),
+                   f"kernel {name}: {size} bytes of shared memory")
 
     def bind(self, device: int) -> None:
         """Make the context of a device, which torch uses too, current in this thread."""
         if device not in self._contexts:
-            number, context = _number(), _handle()
-            self.check(self._device(ctypes.byref(number), device), f"finding device {device}")
-            self.check(self._retain(ctypes.byref(context), number), f"context of device {device}")
+            context = _handle()
+            self.check(self._retain(ctypes.byref(context), self._number_of(device)), f"context of device {device}")
             self._contexts[device] = context.value
         self.check(self._make_current(self._contexts[device]), f"context of device {device}")
+
+    def _number_of(self, device: int) -> int:
+        """The driver's number of a device, from torch's: both leave out what CUDA_VISIBLE_DEVICES does."""
+        number = _number()
+        self.check(self._device(ctypes.byref(number), device), f"finding device {device}")
+        return number.value
 
     def check(self, status: int, what: str) -> None:
         """Raise SfmpError with the driver's name and words for a status other than success."""

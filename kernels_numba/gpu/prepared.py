@@ -37,8 +37,9 @@ class Kernels:
     """
 
     def __init__(self, driver: Driver, device: int, capability: tuple[int, int], capturing):
-        self.driver, self.device, self.capability, self._capturing = driver, device, capability, capturing
+        self.driver, self.device, self.capability, self.capturing = driver, device, capability, capturing
         self._handles: dict[tuple, int] = {}
+        self._shared: dict[int, int] = {}  # kernel → most shared memory asked for
 
     def get(self, launch: Launch) -> int:
         """Return the handle of a kernel.
@@ -54,13 +55,16 @@ class Kernels:
             name = name_of(launch)
             self.forbid_capture(f"kernel {name}{launch.options} is not loaded on device {self.device}")
             handle = self.driver.load(cubins.get(launch, self.capability), name)
-            self.driver.settle(handle, launch.shared_bytes, self.device, name)
+            self.driver.settle(handle, self.device, name)
             self._handles[key] = handle
+        if launch.shared_bytes > self._shared.get(handle, 0):
+            self.driver.allow_shared(handle, launch.shared_bytes, self.device, name_of(launch))
+            self._shared[handle] = launch.shared_bytes
         return handle
 
     def forbid_capture(self, what: str) -> None:
         """Raise SfmpError while a graph is being captured."""
-        if self._capturing():
+        if self.capturing():
             raise SfmpError(f"CUDA graph: expected a product that has run before on this device, but {what}; call the "
                             "model once with the same number of tokens and dtype before the capture")
 
@@ -117,6 +121,7 @@ class Prepared:
     def __init__(self, plan: Plan, addresses: dict[str, int], kernels: Kernels,
                  call: tuple[str, ...] = ("x", "y", "bias")):
         self._driver, self._device = kernels.driver, kernels.device
+        self._launch, self._stream = kernels.driver.launch, kernels.driver.stream
         self._handles = [kernels.get(launch) for launch in plan.launches]
         self._launches = plan.launches
         scratch, self.scratch_bytes = scratch_places(plan)
@@ -163,9 +168,9 @@ class Prepared:
         except IndexError:
             buffer = self._make()
         self._write(buffer.slots, 0, *[given[base] + beyond for base, beyond in self._changing])
-        buffer.stream.value = self._driver.stream(self._device)
+        buffer.stream.value = self._stream(self._device)
         for call in buffer.calls:
-            status = self._driver.launch(*call)
+            status = self._launch(*call)
             if status:
                 self._failed(status, call, buffer)
         self._free.append(buffer)

@@ -1,0 +1,1 @@
+"""Products of many tokens: panels of rows are dequantized by a kernel and multiplied by torch."""

@@ -1,0 +1,281 @@
+"""The launch path without a device: what the driver is called with, byte for byte, by a driver that keeps it."""
+
+import ctypes
+import threading
+
+import pytest
+import torch
+from cases import packed_case
+from cuda_stand_in import Library, stand_in
+
+from kernels_numba.gpu import cubins, devices, driver, launches, prepared
+from kernels_numba.gpu.launches import Launch, Plan
+from kernels_numba.gpu.prepared import Kernels, Prepared
+from sfmp.checks import SfmpError
+
+gpu_weight = pytest.importorskip("kernels_numba.gpu.weight", reason="needs numba-cuda")
+
+
+def make_first(*options): ...
+
+
+def make_second(*options): ...
+
+
+FIRST, SECOND = "sfmp_test_cuda_launch_first", "sfmp_test_cuda_launch_second"
+TYPES = {FIRST: "uhnf", SECOND: "fhfn"}
+PLAN = Plan({"a": (3, "h"), "b": (5, "f")}, (
+    Launch(make_first, (1,), TYPES[FIRST], ("w", ("x", 7), -9, "b"), (3, 2), 64),
+    Launch(make_second, ("k",), TYPES[SECOND], ("bias", ("y", 11), ("b", 2), 2**31 - 1), (5, 1), 128, 1 << 16)))
+
+
+@pytest.fixture
+def library(monkeypatch):
+    monkeypatch.setattr(cubins, "get", lambda launch, capability: b"code")
+    return Library(TYPES)
+
+
+def test_every_parameter_is_what_the_plan_names(library):
+    run = Prepared(PLAN, {"w": 1 << 40}, stand_in(library).kernels)
+    assert run.scratch_bytes == 256 + 20
+    run(10_000, 20_000, 30_000, 40_960)
+    assert library.launches == [
+        (FIRST, (3, 2, 1), (64, 1, 1), 0, 5, [1 << 40, 10_014, -9, 41_216]),
+        (SECOND, (5, 1, 1), (128, 1, 1), 1 << 16, 5, [30_000, 20_022, 41_224, 2**31 - 1])]
+
+
+def test_every_call_has_its_own_addresses_and_stream(library):
+    streams = iter((7, 0, 9))
+    run = Prepared(PLAN, {"w": 1}, stand_in(library, stream=lambda index: next(streams)).kernels)
+    for base in (1000, 2000, 3000):
+        run(base, base + 1, base + 2, base + 3)
+    assert [launch[4] for launch in library.launches] == [7, 7, 0, 0, 9, 9]
+    assert [launch[5][1] for launch in library.launches[::2]] == [1014, 2014, 3014]
+    assert [launch[5][0] for launch in library.launches[1::2]] == [1002, 2002, 3002]
+
+
+def test_threads_do_not_share_arguments(library):
+    """Both threads are inside the driver at once; each finds the arguments it gave."""
+    meeting, seen = threading.Barrier(2, timeout=20), []
+
+    def meet(kernel, grid, block, shared, stream, values):
+        if library.names[kernel] == FIRST:
+            meeting.wait()
+        seen.append((threading.get_ident(), values[1]))
+
+    library.launched = meet
+    run = Prepared(PLAN, {"w": 1}, stand_in(library).kernels)
+
+    def work(base):
+        for i in range(20):
+            run(base + i, base + i, 0, 0)
+        mine = [value for thread, value in seen if thread == threading.get_ident()]
+        assert mine == [base + i + shift for i in range(20) for shift in (14, 22)]
+
+    failures = []
+    threads = [threading.Thread(target=lambda base=base: _collect(work, base, failures)) for base in (10**6, 10**9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and len(seen) == 80
+
+
+def _collect(work, base, failures):
+    try:
+        work(base)
+    except BaseException as error:  # of a thread: told by the thread that waits for it
+        failures.append(error)
+
+
+def test_kernels_are_loaded_once_and_put_on_the_device(library):
+    kernels = stand_in(library).kernels
+    for _ in range(2):
+        Prepared(PLAN, {"w": 1}, kernels)
+    called = [call[0] for call in library.calls]
+    assert called.count("cuLibraryLoadData") == called.count("cuFuncLoad") == 2
+    assert [call for call in library.calls if call[0] == "cuKernelSetAttribute"] == [
+        ("cuKernelSetAttribute", 1 << 16, 0x1001, 3)]
+
+
+def test_shared_memory_grows_with_what_is_asked_for(library):
+    kernels = stand_in(library).kernels
+    for size in (100, 50, 200):
+        kernels.get(Launch(make_first, (), "n", (1,), (1, 1), 32, size))
+    assert [call[1] for call in library.calls if call[0] == "cuKernelSetAttribute"] == [100, 200]
+
+
+def test_first_use_inside_a_graph_says_to_warm_up(library):
+    with pytest.raises(SfmpError, match=r"CUDA graph: .*sfmp_test_cuda_launch_first.*is not loaded on device 0; call"):
+        Prepared(PLAN, {"w": 1}, stand_in(library, capturing=lambda: True).kernels)
+    assert not library.calls
+
+
+def test_a_thread_without_a_context_gets_one(library):
+    library.status["cuLaunchKernel"] = [driver.NO_CONTEXT, 0]
+    Prepared(PLAN, {"w": 1}, stand_in(library).kernels)(1, 2, 3, 4)
+    assert len(library.launches) == 2 and ("cuDevicePrimaryCtxRetain", 3) in library.calls
+    assert library.calls[-1] == ("cuCtxSetCurrent",)
+
+
+def test_refused_launches_are_named(library):
+    library.status["cuLaunchKernel"] = [0, 701]
+    run = Prepared(PLAN, {"w": 1}, stand_in(library).kernels)
+    with pytest.raises(SfmpError, match=r"launching \w+_second on device 0: .*STAND_IN \(701, no device"):
+        run(1, 2, 3, 4)
+    library.status["cuLibraryLoadData"] = [209]
+    with pytest.raises(SfmpError, match=rf"loading kernel {FIRST}: .*\(209"):
+        Prepared(PLAN, {"w": 1}, stand_in(library).kernels)
+
+
+def test_an_old_driver_is_named():
+    library = Library()
+    del library.cuLibraryLoadData
+    with pytest.raises(SfmpError, match="CUDA 12.0.*update it"):
+        driver.Driver(library, None, None)
+
+
+def test_scratch_arrays_do_not_overlap():
+    plan = Plan({"a": (3, "h"), "b": (65, "f"), "c": (1, "u")}, ())
+    assert prepared.scratch_places(plan) == ({"a": 0, "b": 256, "c": 768}, 772)
+
+
+@pytest.fixture
+def device(library, monkeypatch):
+    found = stand_in(library)
+    monkeypatch.setattr(devices, "get", lambda index: found)
+    return found
+
+
+def _weight(mode, device, **shape):
+    packed = packed_case(0, **{"rows": 50, "cols": 300, "levels": (2, 3), "block_rows": 25, **shape})
+    weight = gpu_weight.make_weight(packed, mode, torch.device("cpu"))
+    library = device.kernels.driver._library
+    for tokens in (1, 3, 70):
+        for launch in gpu_weight.LAYOUTS[mode][1].plan(weight.structure.layout, tokens, "float16").launches:
+            library.types[prepared.name_of(launch)] = launch.types
+    return packed, weight
+
+
+@pytest.mark.parametrize("mode", ("mma", "lut"))
+def test_an_image_holds_every_array_where_its_address_says(mode, device):
+    packed, weight = _weight(mode, device)
+    maker, runner = gpu_weight.LAYOUTS[mode]
+    arrays = runner.layout_arrays(maker.make_layout(packed))
+    ends = []
+    for name, array in arrays.items():
+        address = weight._addresses[name]
+        assert ctypes.string_at(address, array.nbytes) == array.tobytes(), name
+        assert address % 4 == 0 and weight.structure.places[name] % 256 == 0
+        ends.append((address, address + array.nbytes))
+    ends = sorted(ends)
+    assert all(end <= start for (_, end), (start, _) in zip(ends[:-1], ends[1:], strict=True))
+    assert ends[-1][1] <= weight.image.data_ptr() + weight.image.numel()
+
+
+@pytest.mark.parametrize("mode", ("mma", "lut"))
+def test_host_knows_of_a_layout_what_a_plan_asks(mode, device):
+    packed, weight = _weight(mode, device)
+    maker, runner = gpu_weight.LAYOUTS[mode]
+    for tokens in (1, 5, 40):
+        assert runner.plan(weight.structure.layout, tokens, "float16") == runner.plan(maker.make_layout(packed), tokens,
+                                                                                     "float16")
+
+
+@pytest.mark.parametrize("mode", ("mma", "lut"))
+@pytest.mark.parametrize("tokens", (1, 3))
+def test_a_product_reads_x_and_writes_what_it_returns(mode, tokens, device, library):
+    packed, weight = _weight(mode, device)
+    x = torch.zeros(tokens, 300, dtype=torch.float16)
+    for _ in range(2):  # prepared, then from what was prepared
+        library.launches.clear()
+        y = weight.enqueue(x, None)
+        assert y.shape == (tokens, 50) and y.dtype == x.dtype
+        plan = gpu_weight.LAYOUTS[mode][1].plan(weight.structure.layout, tokens, "float16", blocks=8) \
+            if mode == "lut" else gpu_weight.LAYOUTS[mode][1].plan(weight.structure.layout, tokens, "float16")
+        assert len(library.launches) == len(plan.launches)
+        known = {**weight._addresses, "x": x.data_ptr(), "y": y.data_ptr(), "bias": weight._no_bias}
+        for launch, (name, grid, block, shared, stream, values) in zip(plan.launches, library.launches, strict=True):
+            assert (name, grid, block) == (prepared.name_of(launch), (*launch.grid, 1), (launch.threads, 1, 1))
+            assert (shared, stream) == (launch.shared_bytes, 5)
+            for argument, letter, value in zip(launch.arguments, launch.types, values, strict=True):
+                name, first = argument if isinstance(argument, tuple) else (argument, 0)
+                if letter == "n":
+                    assert value == argument
+                elif name in known:
+                    assert value == known[name] + first * prepared.SIZES[letter]
+    assert not ctypes.string_at(weight._no_bias, 200).strip(b"\0")
+
+
+def test_many_tokens_are_cut(device, library):
+    _, weight = _weight("lut", device)
+    x = torch.zeros(2, 35, 300, dtype=torch.float16)
+    y = weight.enqueue(x, None)
+    inputs = [values[10 - 1] for name, *_, values in library.launches if name.endswith("lut_kernel")]
+    passes = [*range(0, 64, 8), 64]
+    assert y.shape == (2, 35, 50) and inputs == [x.data_ptr() + 600 * first for first in passes]
+    assert weight.enqueue(x[:0], None).shape == (0, 35, 50)
+
+
+def _bias_of(library):
+    """Address of the bias in the last launch that takes one."""
+    return library.launches[-1][5][2]
+
+
+def test_a_bias_of_float32_is_read_where_it_is_and_others_are_copied(device, library):
+    _, weight = _weight("lut", device)
+    x, wide, half = torch.zeros(1, 300).half(), torch.randn(50), torch.randn(50).half()
+    weight.enqueue(x, wide)
+    assert _bias_of(library) == wide.data_ptr()
+    _, weight = _weight("lut", device)
+    for change in (1, 2):
+        half.mul_(change)
+        weight.enqueue(x, half)
+        copy = _bias_of(library)
+        assert weight.image.data_ptr() <= copy < weight.image.data_ptr() + weight.image.numel()
+        assert ctypes.string_at(copy, 200) == half.float().numpy().tobytes(), "changed in place"
+    before = device.counts["finish"]
+    weight.enqueue(x, half)
+    assert _bias_of(library) == copy and device.counts["finish"] == before
+    weight.enqueue(x, torch.zeros(50).half())
+    assert _bias_of(library) != copy and ctypes.string_at(copy, 200) == half.float().numpy().tobytes()
+    weight.enqueue(x, None)
+    assert _bias_of(library) == weight._no_bias
+    for wrong, text in ((torch.zeros(49), r"dense \[50\]"), (torch.zeros(50, device="meta"), "expected device cpu")):
+        with pytest.raises(SfmpError, match=text):
+            weight.enqueue(x, wrong)
+
+
+def test_other_devices_are_guarded(library, monkeypatch):
+    now = [1]
+    found = stand_in(library, alone=False, current=lambda: now[0])
+    monkeypatch.setattr(devices, "get", lambda index: found)
+    guard = found.guard
+
+    class Guard:
+        def __enter__(self):
+            self.kept, now[0] = now[0], 0
+
+        def __exit__(self, *_):
+            now[0] = self.kept
+
+    monkeypatch.setattr(type(found), "guard", lambda self: guard() and None or Guard())
+    _, weight = _weight("lut", found)
+    x = torch.zeros(1, 300).half()
+    weight.enqueue(x, None)
+    assert found.counts["guard"] == 1 and now == [1] and library.launches
+    now[0] = 0
+    weight.enqueue(x, None)
+    assert found.counts["guard"] == 1
+
+
+def test_kernels_of_devices_are_their_own(library):
+    one, two = (stand_in(library, index=index).kernels for index in (0, 1))
+    launch = PLAN.launches[0]
+    assert one.get(launch) == one.get(launch) != two.get(launch)
+    assert isinstance(one, Kernels)
+
+
+def test_signatures_pass_pointers():
+    pytest.importorskip("numba")
+    assert str(launches.signature("uhfin")) == "(uint32*, uint16*, float32*, int32*, int32) -> none"
