@@ -129,7 +129,7 @@ def body(widths: tuple[int, ...], tokens: int, kind: str, segment: int, warps: i
     add = dispatcher(widths, tokens, segment, scaled, fused)
     threads, size, per_unit = 32 * warps, 32 if single else 32 * TOKENS * tiles, 128 // segment
     own_bytes, slot_bytes = ring_bytes(widths, tokens, segment, stages), stage_bytes(widths, segment)
-    fragments, held, owned = 4 * tiles, 8 * tiles, 2 * tiles
+    queued, fragments, held, owned = stages + 1, 4 * tiles, 8 * tiles, 2 * tiles
     scale_size = per_unit if single else 4 * per_unit
     stride_more = 64 if fused else 0  # bytes that rows of activations are apart beyond their own
 
@@ -145,6 +145,7 @@ def body(widths: tuple[int, ...], tokens: int, kind: str, segment: int, warps: i
         words = cuda.local.array(16, U)
         more = cuda.local.array(16, U)
         scale = cuda.local.array(scale_size, U)
+        queue = cuda.local.array(queued, INT)  # table words of the units from the one that is multiplied on
         numbers = cuda.local.array(per_unit, INT)
         next_numbers = cuda.local.array(per_unit, INT)
         names = cuda.local.array(16, INT)
@@ -159,18 +160,16 @@ def body(widths: tuple[int, ...], tokens: int, kind: str, segment: int, warps: i
         lane, warp = INT(thread & 31), INT(thread >> 5)
         first = INT(strip // most_strips * table_tiles)
         tile = INT(first + warp)
-        info = table[tile]
+        for i in range(stages + 1):
+            queue[i] = table[tile + i * warps]
         record = L(strip_record[strip]) - first * per_unit  # of tile 0 of the first row block, were it in this strip
         start = L(strip_chunk[strip]) * 512 + lane * 16
         natural = rows[strip * 32 + lane]
         address = U(U(shared_address(memory) + U(15)) & U(0xFFFFFFF0))
         ring = U(address + U(warp * own_bytes))
         end = U(ring + U(stages * slot_bytes))
-        ask(units, scales, start, record, tile, info, lane, ring)
-        for i in range(1, stages):
-            ask(units, scales, start, record, tile + i * warps, table[tile + i * warps], lane,
-                U(ring + U(i * slot_bytes)))
-        ahead = table[tile + stages * warps]
+        for i in range(stages):
+            ask(units, scales, start, record, tile + i * warps, queue[i], lane, U(ring + U(i * slot_bytes)))
         for part in range(per_unit):
             numbers[part] = segments[tile * per_unit + part]
         offset = bias[natural] if natural >= 0 else F(0)
@@ -190,16 +189,18 @@ def body(widths: tuple[int, ...], tokens: int, kind: str, segment: int, warps: i
             for e in range(2):
                 owners[2 * i + e] = min(INT(8 * i + 2 * (lane % 4) + e), last) * (length // segment)
         slot = ring
-        while info > 0:
+        while queue[0] > 0:
             wait()
             if not single:  # lanes read scales that others copied
                 sync_warp()
             read(lane, slot, words, more, scale)
             if not single:
                 sync_warp()
-            ask(units, scales, start, record, tile + stages * warps, ahead, lane, slot)
-            bits, info = INT(info & 15), table[tile + warps]
-            ahead = table[tile + (stages + 1) * warps]
+            ask(units, scales, start, record, tile + stages * warps, queue[stages], lane, slot)
+            bits = INT(queue[0] & 15)
+            for i in range(stages):
+                queue[i] = queue[i + 1]
+            queue[stages] = table[tile + (stages + 1) * warps]
             for part in range(per_unit):
                 next_numbers[part] = segments[(tile + warps) * per_unit + part]
             add(bits, words, more, scale, numbers, at_x, at_totals, at_factors, places, owners, lane, rest, b, sums,

@@ -145,43 +145,32 @@ def unit(width: int, tokens: int, segment: int, scaled: bool, fused: bool):
     return add
 
 
-@device
-def absent(words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums, high_sums, results):
-    """Stands for a width that does not occur in the matrix."""
-
-
 @functools.cache
 def dispatcher(widths: tuple[int, ...], tokens: int, segment: int, scaled: bool, fused: bool):
-    """Device function that adds the products of a unit of any of the widths; nothing for 0 bits."""
-    add_1, add_2, add_3, add_4, add_5, add_6, add_7, add_8 = (
-        unit(width, tokens, segment, scaled, fused) if width in widths else absent for width in range(1, 9))
+    """Device function that adds the products of a unit whose bits are one of the widths, which are in order."""
+    if len(widths) == 1:
+        only = unit(widths[0], tokens, segment, scaled, fused)
+
+        @device
+        def add_only(bits, words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums,
+                     high_sums, results):
+            only(words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums, high_sums,
+                 results)
+
+        return add_only
+    half = len(widths) // 2
+    few = dispatcher(widths[:half], tokens, segment, scaled, fused)
+    many = dispatcher(widths[half:], tokens, segment, scaled, fused)
+    first_of_many = widths[half]
 
     @device
     def add(bits, words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums, high_sums,
             results):
-        if bits == 1:
-            add_1(words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums, high_sums,
-                  results)
-        elif bits == 2:
-            add_2(words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums, high_sums,
-                  results)
-        elif bits == 3:
-            add_3(words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums, high_sums,
-                  results)
-        elif bits == 4:
-            add_4(words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums, high_sums,
-                  results)
-        elif bits == 5:
-            add_5(words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums, high_sums,
-                  results)
-        elif bits == 6:
-            add_6(words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums, high_sums,
-                  results)
-        elif bits == 7:
-            add_7(words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums, high_sums,
-                  results)
-        elif bits == 8:
-            add_8(words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums, high_sums,
-                  results)
+        if bits < first_of_many:
+            few(bits, words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums, high_sums,
+                results)
+        else:
+            many(bits, words, more, scale, numbers, x, totals, factors, places, owners, lane, rest, b, sums, high_sums,
+                 results)
 
     return add
