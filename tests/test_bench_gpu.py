@@ -10,16 +10,17 @@ import torch
 
 from kernels_numba.cpu import targets
 from sfmp.bench import __main__ as command
-from sfmp.bench import gpu_candidates, gpu_model, gpu_parts, gpu_peers, gpu_timing, gpu_worker, kernels
-from sfmp.bench.gpu_candidates import Kind, Matrices, random_matrix
+from sfmp.bench import gpu_model, gpu_parts, gpu_peers, gpu_timing, gpu_wanted, gpu_worker, kernels
+from sfmp.bench.gpu_candidates import Matrices, random_matrix
 from sfmp.bench.gpu_timing import Settings
+from sfmp.bench.gpu_wanted import Kind
 from sfmp.bench.timing import Candidate
 from sfmp.checks import SfmpError
 
 pytestmark = pytest.mark.cpu
 TINY = Settings("cpu", rounds=2, rotation_bytes=1, sample_us=1)
-TOP = {"kind", "command", "commit", "dirty", "date", "device", "versions", "settings", "ceilings", "host", "absent",
-       "parts"}
+TOP = {"kind", "command", "commit", "dirty", "date", "device", "versions", "settings", "ceilings", "compiled", "host",
+       "absent", "parts"}
 DEVICE = {"name", "capability", "multiprocessors", "memory_bytes", "l2_bytes", "driver", "clocks"}
 ROW = {"name", "family", "mode", "bits", "layout", "natural", "gather", "tokens", "dtype", "packed_bytes", "error",
        "predicted_us", "samples_us", "eager_us", "host_us"}
@@ -104,8 +105,8 @@ def test_accuracy_by_kind_of_activations(measured):
 
 
 def test_host_time_of_every_way_to_call(measured):
-    assert {"torch linear", *(f"{call} {mode}" for call in ("kernels_numba.matmul", "SFMPLinear") for mode in MODES)
-            } == set(measured["host"])
+    calls = [f"{call} {mode}" for call in ("kernels_numba.matmul", "SFMPLinear", "operator") for mode in MODES]
+    assert {"torch linear", *calls} == set(measured["host"])
     assert all(one["median_us"] > 0 and len(one["samples_us"]) == gpu_parts.HOST_SAMPLES
                for one in measured["host"].values())
 
@@ -123,7 +124,7 @@ def test_a_device_that_copies_twice_as_fast_saves_half_of_the_bytes_time():
     assert slow == pytest.approx(2 * fast)
 
 
-@pytest.mark.parametrize("layout", gpu_candidates.LAYOUTS)
+@pytest.mark.parametrize("layout", gpu_wanted.LAYOUTS)
 def test_layouts_have_their_widths_where_they_say(layout):
     packed = random_matrix(1024, 2048, Kind(3, layout))
     bits = packed.block_bits
@@ -154,7 +155,7 @@ def test_peers_compute_what_their_weights_say(name):
 
 def test_a_wrong_product_shows_in_its_error():
     x = torch.randn(1, 256, generator=torch.Generator().manual_seed(0)).half()
-    matrices = Matrices(64, 256, Kind(3), TINY, 1000.0)
+    matrices = Matrices(64, 256, Kind(3), TINY)
     right = x.double() @ matrices.dense().T
     assert gpu_timing.checked(lambda: right.half(), right, torch.float16) < 1e-3
     assert gpu_timing.checked(lambda: right.half() * 1.01, right, torch.float16) == pytest.approx(0.01, rel=0.1)
@@ -266,7 +267,7 @@ def test_the_file_is_whole_after_every_part_and_parts_beyond_the_limit_are_not_b
 def test_without_ceilings_nothing_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels.Worker, "run", lambda *_: {"failed": "no device", "broke": "ceilings"})
     chosen = [{"part": "product", "shape": [128, 128]}]
-    result = kernels.measure(chosen, {}, tmp_path / "k.json", log=lambda *_, **__: None)
+    result = kernels.measure(chosen, {"device": "cpu"}, tmp_path / "k.json", log=lambda *_, **__: None)
     assert [part["failed"] for part in result["parts"]] == ["no device", "not begun: the ceilings were not measured"]
 
 
@@ -314,7 +315,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_measuring(tmp_path, mon
 
 def test_what_matters_most_is_measured_first():
     names = [part["part"] for part in kernels.parts(kernels.SHAPES, kernels.BATCHES)]
-    assert names == ["host", "accuracy", *["product"] * len(kernels.SHAPES), "batch", "width"]
+    assert names == ["host", "accuracy", *["product"] * 4, "batch", "width", *["product"] * 2]
     batch = next(part for part in kernels.parts(kernels.SHAPES, (1, 2), ["batch"]))
     assert batch == {"part": "batch", "shape": [14336, 4096], "batches": [1, 2]}
 
@@ -333,6 +334,7 @@ class Block:  # a package that is found and cannot be imported
 sys.meta_path.insert(0, Block())
 from sfmp.bench import gpu_worker, gpu_parts, kernels
 from sfmp.bench.gpu_timing import Settings
+from sfmp.bench.gpu_wanted import Kind
 settings = Settings("cpu", rounds=1, rotation_bytes=1, sample_us=1)
 for name in ("ceilings", "host", "accuracy", "product", "batch", "width"):
     part = {"part": name, "shape": [32, 128], "batches": [2], "copy_gbps": 1.0}

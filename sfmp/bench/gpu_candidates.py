@@ -1,14 +1,12 @@
-"""Our kernels on a device as candidates: random matrices of the layouts that are compared, and copies of each.
-
-"blocks" is SFMP: blocks of 2, 3 and 4 bits, rows and columns permuted. "uniform" has one width everywhere, and
-"column groups" one width for a group of columns over all rows, as SliM-LLM's matrices have; both keep their order.
-"""
+"""Our kernels as candidates: random matrices of the layouts that are compared, and copies of each."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -16,29 +14,14 @@ import torch
 from sfmp.bench.gpu_model import predicted_us
 from sfmp.bench.gpu_products import make_copies
 from sfmp.bench.gpu_timing import Settings, checked
+from sfmp.bench.gpu_wanted import Kind, Wanted
 from sfmp.bench.random_model import random_packed
 from sfmp.bench.timing import Candidate
 from sfmp.packed import PackedMatrix
 
 BLOCK_ROWS = 512
-LAYOUTS = ("blocks", "uniform", "column groups")
 ONE_READING = {"mma": 8}  # tokens up to which a weight is read once; one token where nothing is said
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """What kind of matrix: mean bits of the codes, one of `LAYOUTS`, whether nothing is permuted, group size."""
-
-    bits: float
-    layout: str = "blocks"
-    natural: bool = False
-    group_size: int = 128
-
-    @property
-    def label(self) -> str:
-        order = " natural" if self.natural and self.layout == "blocks" else ""
-        size = "" if self.group_size == 128 else f" groups of {self.group_size}"
-        return f"{self.bits:g} {self.layout}{order}{size}"
+MOST_THREADS = 8
 
 
 def random_matrix(rows: int, columns: int, kind: Kind, seed: int = 0) -> PackedMatrix:
@@ -52,62 +35,81 @@ def random_matrix(rows: int, columns: int, kind: Kind, seed: int = 0) -> PackedM
     return packed
 
 
+def activations(tokens: int, columns: int, device: str, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """Standard normal activations [tokens, K], the same at every call."""
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+    return x.to(device, torch.float16).to(dtype)
+
+
+class Stock:
+    """Matrices of one shape, and candidates that multiply with them.
+
+    Parameters
+    ----------
+    shape : (N, K)
+    settings : Settings
+    copy_gbps : float, of the device, for predictions
+    """
+
+    def __init__(self, shape, settings: Settings, copy_gbps: float):
+        self._settings, self._copy_gbps, self._columns = settings, copy_gbps, shape[1]
+        self.matrices = functools.cache(lambda kind: Matrices(*shape, kind, settings))
+
+    def lay_out(self, found: list[Wanted]) -> None:
+        """Make the copies that candidates need, several at a time: laying a matrix out is work for the host."""
+        def make(kind, way):
+            with contextlib.suppress(Exception):  # whatever it is, the candidate meets it again and it is recorded
+                self.matrices(kind).copies(way)
+
+        for one in found:
+            self.matrices(one.kind)
+        with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+            for pair in dict.fromkeys((one.kind, one.way) for one in found):
+                pool.submit(make, *pair)
+
+    def candidate(self, one: Wanted) -> Candidate:
+        """Make a candidate and compare its first product with float64."""
+        matrices, options = self.matrices(one.kind), dict(one.options)
+        x = activations(one.tokens, self._columns, self._settings.device, getattr(torch, one.dtype))
+        copies, size = matrices.copies(one.way), matrices.packed_bytes
+        if one.around:
+            columns, rows = _permutations(*matrices.packed.shape[::-1], x.device)
+            products = copies.products(x, columns=columns, rows=rows, **options)
+            expected = (x[:, columns].double() @ matrices.dense().T)[:, rows]
+        else:
+            products, expected = copies.products(x, **options), x.double() @ matrices.dense().T
+        natural = one.kind.natural and not one.around
+        gather = "unfused" if one.around else "none" if natural else copies.gather(x, **options)
+        predicted = None
+        if self._settings.device == "cuda" and one.tokens <= ONE_READING.get(one.way, 1):
+            predicted = round(predicted_us(size, self._copy_gbps), 3)
+        return Candidate(one.name, "sfmp", products, size, error=checked(products[0], expected, x.dtype),
+                         facts={"mode": "mma" if one.way == "dequantize" else one.way, "way": one.way,
+                                "bits": round(matrices.packed.wbits, 6), "layout": one.kind.layout,
+                                "natural": natural, "gather": gather, "tokens": one.tokens, "dtype": one.dtype,
+                                "group_size": one.kind.group_size, "predicted_us": predicted})
+
+
 class Matrices:
-    """One random matrix and its copies on a device, which all modes and activations share.
+    """One random matrix and its copies on a device.
 
     Attributes
     ----------
     packed : PackedMatrix, on the CPU
-    kind : Kind
+    packed_bytes : int, of codes and scales
+    copies : function, one of `gpu_wanted.WAYS` → `gpu_products.DeviceCopies` or `HostCopies`, made once
     """
 
-    def __init__(self, rows: int, columns: int, kind: Kind, settings: Settings, copy_gbps: float):
-        self.kind, self.settings, self.copy_gbps = kind, settings, copy_gbps
-        self.packed = random_matrix(rows, columns, kind)
+    def __init__(self, rows: int, columns: int, kind: Kind, settings: Settings):
+        self.packed, self._device = random_matrix(rows, columns, kind), settings.device
         stored = (self.packed.planes, self.packed.alpha, self.packed.beta)
         self.packed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in stored)
-        self._copies = functools.cache(functools.partial(make_copies, self.packed, device=settings.device,
-                                                         count=settings.copies(self.packed_bytes)))
-
-    def candidate(self, x: torch.Tensor, way: str, around: bool = False, **options) -> Candidate:
-        """Products of x [tokens, K].
-
-        Parameters
-        ----------
-        x : on the device
-        way : one of `gpu_products.WAYS`
-        around : torch permutes x and y around the product of a matrix in natural order
-        options : of `DeviceCopies.products`
-        """
-        copies, tokens, kind = self._copies(way), len(x), str(x.dtype).removeprefix("torch.")
-        if around:
-            columns, rows = _permutations(*self.packed.shape[::-1], x.device)
-            products = copies.products(x, columns=columns, rows=rows, **options)
-            expected = (x[:, columns].double() @ self.dense().T)[:, rows]
-        else:
-            products, expected = copies.products(x, **options), x.double() @ self.dense().T
-        natural = self.kind.natural and not around
-        gather = "unfused" if around else "none" if natural else copies.gather(x, **options)
-        label = self.kind.label.replace(" natural", " unfused") if around else self.kind.label
-        name = " ".join([way, label, *(f"{key} {value}" for key, value in options.items()),
-                         *([kind] if kind != "float16" else []), *([f"{tokens} tokens"] if tokens > 1 else [])])
-        predicted = None
-        if self.settings.device == "cuda" and tokens <= ONE_READING.get(way, 1):
-            predicted = round(predicted_us(self.packed_bytes, self.copy_gbps), 3)
-        return Candidate(name, "sfmp", products, self.packed_bytes,
-                         error=checked(products[0], expected, x.dtype),
-                         facts={"mode": "mma" if way == "dequantize" else way, "bits": round(self.packed.wbits, 6),
-                                "layout": self.kind.layout, "natural": natural, "gather": gather, "tokens": tokens,
-                                "dtype": kind, "group_size": self.kind.group_size, "way": way,
-                                "predicted_us": predicted})
-
-    def products(self, x: torch.Tensor, way: str) -> list[Callable[[], torch.Tensor]]:
-        """One function for each copy, see `DeviceCopies.products`."""
-        return self._copies(way).products(x)
+        self.copies = functools.cache(functools.partial(make_copies, self.packed, device=settings.device,
+                                                        count=settings.copies(self.packed_bytes)))
 
     def moved(self) -> PackedMatrix:
         """The matrix with its tensors on the device."""
-        there = {key: tensor.to(self.settings.device) for key, tensor in self.packed.tensors().items()}
+        there = {key: tensor.to(self._device) for key, tensor in self.packed.tensors().items()}
         return dataclasses.replace(self.packed, **there)
 
     def dense(self) -> torch.Tensor:

@@ -1,7 +1,6 @@
-"""The parts of the GPU bench: which candidates meet in which part.
+"""The parts of the GPU bench: what is tried and timed, and what is measured without timing.
 
-Names of ways: on a CUDA device "mma", "lut" and "dequantize"; on a processor, where the command only shows that it
-works, the modes of the CPU kernels.
+On a processor, where the command only shows that it works, modes are those of the CPU kernels.
 """
 
 from __future__ import annotations
@@ -15,75 +14,57 @@ import torch
 
 from kernels_numba import matmul
 from sfmp.bench import gpu_ceilings, gpu_peers
-from sfmp.bench.gpu_candidates import Kind, Matrices
-from sfmp.bench.gpu_products import WAYS, default_modes, table_bytes
+from sfmp.bench.gpu_candidates import Stock, activations
+from sfmp.bench.gpu_products import table_bytes
 from sfmp.bench.gpu_timing import Settings, relative_error
+from sfmp.bench.gpu_wanted import ACCURACY_TOKENS, Kind, default_modes, wanted
 from sfmp.linear import SFMPLinear
 
-BITS = (2, 2.5, 3, 3.5, 4)
-KINDS = (*(Kind(bits) for bits in BITS), *(Kind(bits, "uniform") for bits in (2, 3, 4)),
-         *(Kind(bits, "column groups", True) for bits in (2.5, 3, 3.5)), Kind(3, natural=True))
-TABLE_WIDTHS, GROUP_SIZES = (2, 4, 6, 8), (32, 64, 128, 256)
-ACCURACY_TOKENS, OUTLIER = 4, 20.0  # an outlier is this many standard deviations
+OUTLIER = 20.0  # standard deviations
 CPU_TABLE_WIDTH = 4
-HOST_CALLS, HOST_SAMPLES = 200, 11
+HOST_CALLS, HOST_CPU_CALLS, HOST_SAMPLES = 200, 3, 11
 
-Try = Callable[..., None]
-
-
-def product(part: dict, settings: Settings, attempt: Try) -> None:
-    """One token: our modes by bits and layouts, gather apart from the product, all peers."""
-    shape, copy_gbps = part["shape"], part["copy_gbps"]
-    x = _activations(1, shape[1], settings)
-    for kind in KINDS:
-        matrices = Matrices(*shape, kind, settings, copy_gbps)
-        for mode in default_modes(settings.device):
-            attempt(f"{mode} {kind.label}", partial(matrices.candidate, x, mode))
-            if kind.layout == "blocks" and kind.natural:
-                attempt(f"{mode} {kind.label} unfused", partial(matrices.candidate, x, mode, True))
-            elif kind.layout == "blocks":
-                attempt(f"{mode} {kind.label} bfloat16", partial(matrices.candidate, x.bfloat16(), mode))
-            if kind == Kind(3) and mode == "mma":
-                attempt(f"{mode} {kind.label} gather unfused", partial(matrices.candidate, x, mode, gather="unfused"))
-    _peers(shape, x, settings, copy_gbps, attempt)
+Tell = Callable[[str], None]
 
 
-def batch(part: dict, settings: Settings, attempt: Try) -> None:
-    """Several tokens: every way, torch and the peers that take them."""
-    shape, copy_gbps = part["shape"], part["copy_gbps"]
-    matrices = Matrices(*shape, Kind(3), settings, copy_gbps)
-    for tokens in part["batches"]:
-        x = _activations(tokens, shape[1], settings)
-        for way in WAYS[settings.device]:
-            attempt(f"{way} {tokens} tokens", partial(matrices.candidate, x, way))
-        _peers(shape, x, settings, copy_gbps, attempt, f" {tokens} tokens")
+def timed(part: dict, settings: Settings, attempt: Callable[..., None]) -> None:
+    """Try every candidate of "product", "batch" or "width": ours, and of the first two the peers."""
+    stock = Stock(part["shape"], settings, part["copy_gbps"])
+    found = wanted(part, settings.device)
+    if settings.device == "cuda":
+        stock.lay_out(found)
+    for one in found:
+        attempt(one.name, partial(_with_table if part["part"] == "width" else _plain, stock, one))
+    if part["part"] == "width":
+        return
+    for tokens in part.get("batches", [1]):
+        x = activations(tokens, part["shape"][1], settings.device)
+        for name, make in gpu_peers.makers(*part["shape"], x, settings, part["copy_gbps"]).items():
+            attempt(name, make, peer=gpu_peers.missing(name, settings.device) or "")
 
 
-def width(part: dict, settings: Settings, attempt: Try) -> None:
-    """Look-up tables over 2, 4, 6 and 8 activations, for every group size, at 3 bits."""
-    x = _activations(1, part["shape"][1], settings)
-    for group_size in GROUP_SIZES:
-        kind = Kind(3, "uniform", True, group_size)
-        matrices = Matrices(*part["shape"], kind, settings, part["copy_gbps"])
-        if settings.device == "cpu":
-            attempt(f"lut16 {kind.label}", partial(_with_table, matrices, x, "lut16", CPU_TABLE_WIDTH))
-            continue
-        for table_width in TABLE_WIDTHS:
-            attempt(f"lut {kind.label} width {table_width}", partial(_with_table, matrices, x, "lut", table_width))
+def _plain(stock, one):
+    return stock.candidate(one)
 
 
-def accuracy(part: dict, settings: Settings, tell: Callable[[str], None]) -> list[dict]:
+def _with_table(stock, one):
+    """The look-up kernel with tables of a width; the CPU kernels have one width, and their tables no bound."""
+    candidate, width = stock.candidate(one), dict(one.options).get("width")
+    candidate.facts.update(table_width=width or CPU_TABLE_WIDTH, table_bytes=width and table_bytes(width))
+    return candidate
+
+
+def accuracy(part: dict, settings: Settings, tell: Tell) -> list[dict]:
     """Relative errors against float64: by mode, bits, kind of activations and dtype.
 
     "outlier" activations have one column of 20 standard deviations.
     """
-    rows, columns = part["shape"]
-    plain = _activations(ACCURACY_TOKENS, columns, settings).float()
+    plain = activations(ACCURACY_TOKENS, part["shape"][1], settings.device, torch.float32)
     outlier = plain.clone()
-    outlier[:, columns // 3] = OUTLIER
-    found, few = [], Settings(settings.device, rotation_bytes=1)
+    outlier[:, len(outlier.T) // 3] = OUTLIER
+    found, stock = [], Stock(part["shape"], _few(settings), part["copy_gbps"])
     for bits in (2, 3, 4):
-        matrices = Matrices(rows, columns, Kind(bits), few, part["copy_gbps"])
+        matrices = stock.matrices(Kind(bits))
         dense = matrices.dense()
         for name, x in (("gaussian", plain), ("outlier", outlier)):
             for dtype in (torch.float16, torch.bfloat16):
@@ -91,25 +72,28 @@ def accuracy(part: dict, settings: Settings, tell: Callable[[str], None]) -> lis
                 exact = given.double() @ dense.T
                 for mode in default_modes(settings.device):
                     tell(f"accuracy {mode} {bits} {name} {facts['dtype']}")
-                    y = matrices.products(given, mode)[0]()
+                    y = matrices.copies(mode).products(given)[0]()
                     found.append({"mode": mode, "bits": bits, **facts, "error": relative_error(y, exact)})
                 y = torch.nn.functional.linear(given, dense.to(dtype))
                 found.append({"mode": "torch", "bits": bits, **facts, "error": relative_error(y, exact)})
     return found
 
 
-def host(part: dict, settings: Settings, tell: Callable[[str], None]) -> dict[str, dict]:
-    """Microseconds of host time per eager call of one token, 3 bits, float16: {name: {median_us, samples_us}}."""
+def host(part: dict, settings: Settings, tell: Tell) -> dict[str, dict]:
+    """Microseconds of host time per eager call of one token, 3 bits, float16: {name: {median_us, samples_us}}.
+
+    "SFMPLinear" is the layer, "operator" what a compiled model calls.
+    """
     rows, columns = part["shape"]
-    few = Settings(settings.device, rotation_bytes=1)
-    x = _activations(1, columns, settings)
-    packed = Matrices(rows, columns, Kind(3), few, part["copy_gbps"]).moved()
+    x = activations(1, columns, settings.device)
+    packed = Stock(part["shape"], _few(settings), part["copy_gbps"]).matrices(Kind(3)).moved()
     calls = {}
     for mode in default_modes(settings.device):
         layer = SFMPLinear.from_packed(packed)
         layer.backend, layer.mode = settings.device, mode
         calls[f"kernels_numba.matmul {mode}"] = partial(matmul, x, packed, settings.device, mode)
         calls[f"SFMPLinear {mode}"] = partial(layer, x)
+        calls[f"operator {mode}"] = partial(_operator, layer, x)
     dense = torch.zeros(rows, columns, dtype=x.dtype, device=x.device)
     calls["torch linear"] = partial(torch.nn.functional.linear, x, dense)
     found = {}
@@ -121,39 +105,32 @@ def host(part: dict, settings: Settings, tell: Callable[[str], None]) -> dict[st
     return found
 
 
+def _operator(layer, x):
+    _, _, weight, mode, *_ = layer._cache["ready"]
+    return weight.dispatch(x, None, mode)
+
+
+def _few(settings):
+    """Settings of a part that needs no copies."""
+    return Settings(settings.device, rotation_bytes=1)
+
+
 def _host_us(call, settings):
     """Microseconds until a call returns; on a device nothing waits for its result."""
-    calls = HOST_CALLS if settings.device == "cuda" else 3
+    on_device = settings.device == "cuda"
+    calls = HOST_CALLS if on_device else HOST_CPU_CALLS
     with torch.inference_mode():
         start = time.perf_counter()
         for _ in range(calls):
             call()
         found = (time.perf_counter() - start) / calls * 1e6
-    if settings.device == "cuda":
+    if on_device:
         torch.cuda.synchronize()
     return round(found, 3)
 
 
-def ceilings(part: dict, settings: Settings, tell: Callable[[str], None]) -> dict:
+def ceilings(settings: Settings, tell: Tell) -> dict:
     """The device and what it can do at most."""
     tell("ceilings")
     return {"device": gpu_ceilings.describe_device(settings.device), "ceilings": gpu_ceilings.ceilings(settings),
             "rotation_bytes": settings.rotation()}
-
-
-def _activations(tokens, columns, settings):
-    generator = torch.Generator().manual_seed(tokens)
-    return torch.randn(tokens, columns, generator=generator).to(settings.device, torch.float16)
-
-
-def _peers(shape, x, settings, copy_gbps, attempt, suffix=""):
-    for name, make in gpu_peers.makers(*shape, x, settings, copy_gbps).items():
-        attempt(name + suffix, make, peer=gpu_peers.missing(name, settings.device) or "")
-
-
-def _with_table(matrices, x, mode, table_width):
-    """The look-up kernel with tables of a width; the CPU kernels have one width, and their tables no bound."""
-    on_device = x.device.type == "cuda"
-    candidate = matrices.candidate(x, mode, **({"width": table_width} if on_device else {}))
-    candidate.facts.update(table_width=table_width, table_bytes=table_bytes(table_width) if on_device else None)
-    return candidate

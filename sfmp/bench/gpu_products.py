@@ -16,19 +16,7 @@ from kernels_numba import matmul
 from sfmp.checks import SfmpError
 from sfmp.packed import PackedMatrix
 
-WAYS = {"cuda": ("mma", "lut", "dequantize"), "cpu": ("lut16", "exact")}
-
 Products = list[Callable[[], torch.Tensor]]
-
-
-def default_modes(device: str) -> tuple[str, ...]:
-    """Modes of the kernels that can run on a device."""
-    if device == "cuda":
-        return WAYS["cuda"][:2]
-    from kernels_numba.cpu import targets
-
-    known = targets.MODES[targets.detect()[0]]
-    return tuple(mode for mode in WAYS["cpu"] if mode in known)
 
 
 def table_bytes(width: int) -> int:
@@ -39,18 +27,20 @@ def table_bytes(width: int) -> int:
 
 
 def make_copies(packed: PackedMatrix, way: str, count: int, device: str) -> DeviceCopies | HostCopies:
-    """Copies of a matrix for one of `WAYS` of a device."""
-    return DeviceCopies(packed, way, count) if device == "cuda" else HostCopies(packed, way, count)
+    """Copies of a matrix for one of `gpu_wanted.WAYS`, on "cuda" or "cpu"."""
+    if device == "cpu":
+        return HostCopies(packed, way, count)
+    return DeviceCopies(packed, way, count, torch.device("cuda", torch.cuda.current_device()))
 
 
 class DeviceCopies:
     """Copies on a CUDA device: one layout, several images."""
 
-    def __init__(self, packed: PackedMatrix, way: str, count: int):
+    def __init__(self, packed: PackedMatrix, way: str, count: int, device: torch.device):
         from kernels_numba.gpu import weight
 
         self._way, mode = way, "lut" if way == "lut" else "mma"
-        first = weight.make_weight(packed, mode, torch.device("cuda", torch.cuda.current_device()))
+        first = weight.make_weight(packed, mode, device)
         self._weights = [first, *(weight.Weight(first.image.clone(), first.structure) for _ in range(count - 1))]
 
     def products(self, x: torch.Tensor, columns=None, rows=None, **options) -> Products:

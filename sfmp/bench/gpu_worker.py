@@ -10,8 +10,6 @@ import json
 import os
 import sys
 
-SERVICE = ("ceilings", "host")  # parts whose result belongs to the whole session
-
 
 def run_part(part: dict, settings, tell) -> dict:
     """Measure one part.
@@ -27,19 +25,21 @@ def run_part(part: dict, settings, tell) -> dict:
     -------
     dict
         "rows" and "absent" {peer: why}; "failed" if one of our own candidates failed. Of ceilings: "device",
-        "ceilings"; of host: "host".
+        "ceilings"; of host: "host"; of compile: "compiled".
     """
-    from sfmp.bench import gpu_parts, gpu_timing
+    from sfmp.bench import gpu_parts, gpu_prebuild, gpu_timing
 
     name = part["part"]
     if name == "ceilings":
-        return gpu_parts.ceilings(part, settings, tell)
+        return gpu_parts.ceilings(settings, tell)
+    if name == "compile":
+        return gpu_prebuild.build(part["parts"], settings, tell)
     if name == "host":
         return {"host": gpu_parts.host(part, settings, tell)}
     if name == "accuracy":
         return {"rows": gpu_parts.accuracy(part, settings, tell)}
     attempts = Attempts(part.get("skip", {}), settings, tell)
-    {"product": gpu_parts.product, "batch": gpu_parts.batch, "width": gpu_parts.width}[name](part, settings, attempts)
+    gpu_parts.timed(part, settings, attempts)
     tell(f"{name}: timing")
     found = {"rows": gpu_timing.measure(attempts.prepared, settings.rounds), "absent": attempts.absent}
     return {**found, "failed": attempts.failed} if attempts.failed else found

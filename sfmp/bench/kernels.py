@@ -23,6 +23,7 @@ from sfmp.checks import SfmpError
 PARTS = ("product", "batch", "width", "accuracy", "host")
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (6144, 4096), (28672, 4096))  # out × in
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+MAIN_SHAPES = 4  # measured before the other parts
 CPU_SHAPES, CPU_BATCHES = ((256, 512),), (1, 4)
 ROUNDS, QUICK_ROUNDS = 31, 5
 CPU_ROTATION, CPU_SAMPLE_US = 1 << 18, 50.0
@@ -87,8 +88,10 @@ def parts(shapes, batches, names=PARTS) -> list[dict]:
     """Everything that is measured, as arguments of `gpu_worker.run_part`; what matters most first."""
     first, long = list(shapes[0]), list(max(shapes[:2], key=lambda shape: shape[0] * shape[1]))
     found = [{"part": "host", "shape": first}, {"part": "accuracy", "shape": first}]
-    found += [{"part": "product", "shape": list(shape)} for shape in shapes]
+    products = [{"part": "product", "shape": list(shape)} for shape in shapes]
+    found += products[:MAIN_SHAPES]
     found += [{"part": "batch", "shape": long, "batches": list(batches)}, {"part": "width", "shape": long}]
+    found += products[MAIN_SHAPES:]
     return [part for part in found if part["part"] in names]
 
 
@@ -114,14 +117,16 @@ def measure(chosen: list[dict], settings: dict, path: Path, limit: float = SESSI
     found = {"kind": "gpu kernels", "command": ["python", "-m", "sfmp.bench", *sys.argv[1:]],
              "date": time.strftime("%Y-%m-%d"), **environment.git_state(), "device": None,
              "versions": {**environment.versions(), **_versions()}, "settings": settings, "ceilings": None,
-             "host": None, "absent": {}, "parts": []}
+             "compiled": None, "host": None, "absent": {}, "parts": []}
     try:
         write(found, path)
     except OSError as error:
         raise SfmpError(f"--out: expected a file that can be written, found {path} ({error}); choose another"
                         ) from error
     with Worker(settings) as worker:
-        for part in [{"part": "ceilings"}, *chosen]:
+        before = [{"part": "ceilings"}]
+        before += [{"part": "compile", "parts": chosen}] if settings["device"] == "cuda" else []
+        for part in [*before, *chosen]:
             spent = time.monotonic() - start
             if spent > limit:
                 result = {"failed": f"not begun: {spent:.0f} s of {limit:g} s were spent; ask for it with --parts"}
@@ -154,14 +159,15 @@ def _measured(worker, part, found):
 
 def _add(found, part, result):
     """Put a result where it belongs."""
-    for key in ("device", "ceilings", "host"):
+    for key in ("device", "ceilings", "host", "compiled"):
         if key in result:
             found[key] = result[key]
     if "rotation_bytes" in result:
         found["settings"] = {**found["settings"], "rotation_bytes": result["rotation_bytes"]}
     found["absent"].update(result.get("absent", {}))
     if "rows" in result or "failed" in result:
-        found["parts"].append({**part, **{key: result[key] for key in ("failed", "rows") if key in result}})
+        known = {key: value for key, value in part.items() if key != "parts"}
+        found["parts"].append({**known, **{key: result[key] for key in ("failed", "rows") if key in result}})
 
 
 def summary(rows: list[dict], ceilings: dict | None) -> list[str]:
