@@ -113,22 +113,22 @@ class Joint:
                             for other in self.members))
 
     def _parts(self, member, x):
-        product = self.product()
-        product.backend, product.mode = member.backend, member.mode
-        y = product(x)
+        y = self.product(member.backend, member.mode)(x)
         ends = list(accumulate((other.out_features for other in self.members), initial=0))
         # Contiguous as the layers' own outputs are; of a single token a part is that already.
         return {other: y[..., first:last].contiguous()
                 for other, (first, last) in zip(self.members, pairwise(ends), strict=True)}
 
-    def product(self) -> SFMPLinear:
-        """The merged layer, made from the members' tensors as they are now."""
+    def product(self, backend: str, mode: str | None) -> SFMPLinear:
+        """The merged layer, made from the members' tensors as they are now, with the settings of one of them."""
         held = [member._buffers | member._parameters for member in self.members]
         tensors = tuple(found[key] for found in held for key in (*TENSORS, "bias") if found.get(key) is not None)
         self._cache = current_cache(self._cache, tensors)
         if "product" not in self._cache:
             self._cache["product"] = SFMPLinear.from_packed(merge([member.packed for member in self.members]))
-        return self._cache["product"]
+        product = self._cache["product"]
+        product.backend, product.mode = backend, mode
+        return product
 
 
 def fuse(model: nn.Module) -> FuseReport:

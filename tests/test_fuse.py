@@ -204,7 +204,7 @@ def test_settings_of_a_layer_are_its_own():
     parent.k_proj.mode = "lut"  # float32 tables: other rounding
     for found, key in zip(parent(x), ("q_proj", "k_proj", "v_proj"), strict=True):
         assert _same(found, _plain(parent, key, x))
-    assert parent.q_proj._joint.product().mode is None
+    assert parent.q_proj._joint._cache["product"].mode is None
 
 
 def test_a_layer_called_on_its_own_computes_its_own(monkeypatch):
@@ -270,11 +270,11 @@ def test_gradients_reach_activations_and_biases(monkeypatch):
 def test_changed_tensors_are_merged_again():
     parent, x = _parent(lambda parent, x: [layer(x) for layer in parent.children()], bias=True), _x(1, 64)
     before = parent(x)
-    first = parent.q_proj._joint.product()
+    first = parent.q_proj._joint._cache["product"]
     parent.k_proj.bias.add_(1)
     parent.v_proj.alpha = parent.v_proj.alpha * 2
     after = parent(x)
-    assert _same(after[0], before[0]) and parent.q_proj._joint.product() is not first
+    assert _same(after[0], before[0]) and parent.q_proj._joint._cache["product"] is not first
     assert _same(after[1], _plain(parent, "k_proj", x)) and not _same(after[1], before[1])
     assert _same(after[2], _plain(parent, "v_proj", x)) and not _same(after[2], before[2])
     state = {key: tensor.flip(0) if key.endswith("planes") else tensor for key, tensor in parent.state_dict().items()}

@@ -1,0 +1,312 @@
+"""Decoding with a static cache: the tokens of `generate`, the same work at any position, and what the bench writes.
+
+A CUDA graph replays operations with the addresses and numbers they had when it was captured. `Tape` does that on the
+CPU: it notes one step as torch's dispatcher sees it, and runs the notes again.
+"""
+
+import argparse
+import copy
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+from kernels_numba.cpu import layout, targets
+from sfmp import SfmpError, fuse
+from sfmp.bench import decode_models, gpu_decode
+from sfmp.bench.decode import weight_bytes
+from sfmp.bench.random_model import quantize_randomly, random_network
+from sfmp.bench.static_decode import StaticDecoder
+from sfmp.linear import SFMPLinear
+
+needs_kernels = [pytest.mark.cpu, pytest.mark.skipif(targets.detect()[0] is None, reason=targets.detect()[1])]
+TINY = decode_models.MODELS["tiny"]
+TOKENS = 10
+
+
+class Tape(TorchDispatchMode):
+    """Operations of what runs inside, which `replay` runs again: constants as they were, the same buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        self.operations.append((function, args, kwargs, out))
+        return out
+
+    def replay(self):
+        """Run the operations; tensors that were made inside are made anew, others are where they were."""
+        made = {}
+        with torch.no_grad():
+            for function, args, kwargs, out in self.operations:
+                args, kwargs = tree_map_only(torch.Tensor, lambda tensor: made.get(id(tensor), tensor), (args, kwargs))
+                for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
+                    made[id(old)] = new
+
+
+def _prompt(tokens, seed=0, vocabulary=128):
+    return torch.randint(3, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def _generated(model, prompt):
+    found = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=TOKENS,
+                           max_new_tokens=TOKENS)
+    return found[:, prompt.shape[1]:]
+
+
+def _models(embedded):
+    """Dense, with norms of queries and keys, packed on both backends, fused, and a trained model."""
+    yield "dense", random_network(TINY)
+    yield "qwen3", random_network({**TINY, "model_type": "qwen3"}, seed=1)
+    for backend in ("reference", "cpu"):
+        if backend == "cpu" and targets.detect()[0] is None:
+            continue
+        packed = quantize_randomly(random_network(TINY), 4.0, 32, 32, shared_columns=True)
+        for layer in packed.modules():
+            if isinstance(layer, SFMPLinear):
+                layer.backend = backend
+        yield f"packed {backend}", copy.deepcopy(packed)
+        assert len(fuse.fuse(packed).fused) == 4
+        yield f"fused {backend}", packed
+    yield "embedded", embedded[0]
+
+
+def test_a_static_loop_says_what_generate_does(embedded):
+    for name, model in _models(embedded):
+        decoder, varied = StaticDecoder(model, 9, TOKENS), 0
+        for length in (9, 4, 1):  # one cache, several prompts
+            prompt = _prompt(length, length)
+            decoder.start(prompt)
+            decoder.run(TOKENS - 1, graph=False)
+            expected = _generated(model, prompt)
+            assert torch.equal(decoder.tokens(), expected), (name, length)
+            varied = max(varied, len(set(expected[0].tolist())))
+        assert varied > 3, f"{name}: these tokens would be right by chance"
+
+
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_kernels)])
+def test_a_step_that_was_recorded_once_decodes_from_any_position(packed):
+    model = random_network(TINY)
+    if packed:
+        quantize_randomly(model, 4.0, 32, 32, shared_columns=True)
+        assert fuse.fuse(model).fused
+    decoder, tape = StaticDecoder(model, 12, TOKENS), Tape()
+    decoder.start(_prompt(5))
+    decoder.run(2, graph=False)
+    with tape:
+        decoder.step()
+    assert not any("_local_scalar_dense" in str(function) for function, *_ in tape.operations), "nothing is read back"
+    decoder.replay = tape.replay
+    said = []
+    for length in (12, 5, 2):
+        prompt = _prompt(length, length)
+        decoder.start(prompt)
+        decoder.run(TOKENS - 1, graph=True)
+        said.append(decoder.tokens())
+        assert torch.equal(said[-1], _generated(model, prompt)), length
+    assert len({tuple(tokens[0].tolist()) for tokens in said}) == 3
+
+
+def test_a_tape_keeps_constants():
+    """What makes the test above able to fail: a position that Python counts is the same in every replay."""
+    counted, total = [0], torch.zeros(1)
+
+    def step():
+        counted[0] += 1
+        total.add_(counted[0])
+
+    with Tape() as tape:
+        step()
+    tape.replay()
+    tape.replay()
+    assert total.item() == 3 and counted == [1]
+
+
+def test_a_step_on_a_device_stays_there():
+    """On a device that has no memory and so cannot be read: no step asks it for a number or copies anything to it."""
+    seen = []
+
+    class Devices(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            seen.append((str(function), {tensor.device.type for tensor in tree_leaves((args, kwargs, out))
+                                         if isinstance(tensor, torch.Tensor) and tensor.dim()}))
+            return out
+
+    for kind in ("llama", "qwen3"):
+        with torch.device("meta"):
+            config = AutoConfig.for_model(**{**TINY, "model_type": kind})
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
+        decoder = StaticDecoder(model, 8, TOKENS)
+        decoder.start(torch.zeros(1, 8, dtype=torch.int64, device="meta"))
+        seen.clear()
+        with Devices():
+            decoder.step()
+        assert len(seen) > 50 and all(devices <= {"meta"} for _, devices in seen), seen
+        assert not any("_local_scalar_dense" in name or "lift_fresh" in name for name, _ in seen)
+
+
+def test_caches_that_count_in_python_are_refused():
+    config = MistralConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                           num_key_value_heads=2, vocab_size=64, sliding_window=16)
+    with pytest.raises(SfmpError, match="full attention in every layer, found caches StaticSlidingWindowLayer"):
+        StaticDecoder(MistralForCausalLM(config), 4, 4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_kernels)])
+def test_repeated_layers_have_memory_of_their_own(monkeypatch, fused, backend):
+    dense = random_network({**TINY, "num_hidden_layers": 3}, torch.float16)
+    model = decode_models.packed_model(dense, 3.0, backend, None, fused)
+    assert model.lm_head.weight is dense.lm_head.weight
+    assert type(dense.model.layers[0].mlp.up_proj) is torch.nn.Linear, "the model that was shared is as it was"
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2]
+    layers = [layer for layer in model.modules() if isinstance(layer, SFMPLinear)]
+    assert len(layers) == 21 and len({layer.planes.data_ptr() for layer in layers}) == 21
+    assert weight_bytes(model) == sum(layer.packed.nbytes for layer in layers) + dense.lm_head.weight.nbytes
+    kept = sum(tensor.nbytes for tensor in (dense.model.embed_tokens.weight, dense.lm_head.weight))
+    assert kept < decode_models.shared_bytes(model, dense) < kept + 10_000, "norms and rotary frequencies besides"
+    rebuilt = copy.deepcopy(model)  # lays out everything again
+    prompt = _prompt(6)
+    with torch.no_grad():
+        expected = rebuilt(prompt).logits
+        if backend == "cpu":
+            images = [product._cache["cpu"].image for layer in model.model.layers
+                      for product in _joints_or_layers(layer, fused)]
+            assert len(images) == 3 * (4 if fused else 7) == len({image.data_ptr() for image in images})
+            monkeypatch.setattr(layout, "make_image", None)  # nothing is laid out again
+        assert torch.equal(model(prompt).logits, expected) and expected.isfinite().all()
+
+
+def _joints_or_layers(layer, fused):
+    layers = [module for module in layer.modules() if isinstance(module, SFMPLinear)]
+    if not fused:
+        return layers
+    joints = {id(module._joint): module._joint for module in layers if isinstance(module, fuse.FusedLinear)}
+    return [joint._cache["product"] for joint in joints.values()] + [
+        module for module in layers if not isinstance(module, fuse.FusedLinear)]
+
+
+def test_a_model_that_cannot_be_fused_says_so(monkeypatch):
+    dense = random_network(TINY, torch.float16)
+    monkeypatch.setattr(decode_models, "quantize_randomly", lambda layer, bpw, shared_columns: quantize_randomly(
+        layer, bpw))
+    with pytest.raises(SfmpError, match="expected q, k, v and gate, up to be one product each"):
+        decode_models.packed_model(dense, 3.0, "reference", None, True)
+
+
+def test_published_shapes():
+    weights = {"Llama-3.1-8B": 8.03e9, "Qwen3-8B": 8.19e9, "Llama-3.1-70B": 70.55e9}
+    for name, expected in weights.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**decode_models.MODELS[name]))
+        assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(expected, rel=1e-3)
+        assert hasattr(model.model.layers[0].self_attn, "q_norm") == (name == "Qwen3-8B")
+
+
+def _options(path, *given):
+    parser = argparse.ArgumentParser()
+    gpu_decode.add_arguments(parser)
+    return parser.parse_args(["--out", str(path), *given])
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif("lut16" not in targets.MODES.get(targets.detect()[0], ()), reason="no lut16 here")
+def test_the_command_writes_rows_and_what_failed(tmp_path, capsys):
+    path = tmp_path / "decode.json"
+    assert gpu_decode.run(_options(path, "--device", "cpu", "--quick", "--bpw", "3", "9")) == 1
+    assert "failed: decode tiny" in capsys.readouterr().err
+    found = json.loads(path.read_text())
+    assert found["kind"] == "gpu decode" and found["device"]["capability"] is None
+    assert found["ceilings"].keys() == {"copy_gbps", "read_gbps", "matmul_tflops"} and found["versions"]["torch"]
+    (part,) = found["parts"]
+    assert (part["part"], part["model"], part["layers"]) == ("decode", "tiny", 2)
+    assert part["absent"].keys() == {"sfmp lut16 9 bpw eager", "sfmp lut16 9 bpw fused eager"}
+    assert all("expected 2 to 4 code bits" in why for why in part["absent"].values())
+    assert [(row["weights"], row["bpw"], row["fused"]) for row in part["rows"]] == [
+        ("torch fp16", None, False), ("sfmp lut16", 3.0, False), ("sfmp lut16", 3.0, True)]
+    for row in part["rows"]:
+        assert row["random"] is True and row["graph"] is False and row["peak_bytes"] is None
+        assert row["layers"] == row["full_layers"] == 2 and len(row["seconds_per_token"]) == 2
+        middle = sum(row["seconds_per_token"]) / 2
+        assert row["tokens_per_second"] * middle == pytest.approx(1)
+        assert row["gigabytes_per_second"] == pytest.approx(row["weight_bytes"] / 1e9 / middle)
+    assert part["rows"][1]["weight_bytes"] == part["rows"][2]["weight_bytes"] < part["rows"][0]["weight_bytes"] / 3
+
+
+def test_bad_arguments_are_refused(tmp_path, capsys):
+    for given, said in ((("--models", "GPT-9"), "expected some of Llama-3.1-8B"), (("--layers", "0"), ">= 1, found 0")):
+        assert gpu_decode.run(_options(tmp_path / "out.json", "--device", "cpu", *given)) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert gpu_decode.run(_options(tmp_path / "file" / "out.json", "--device", "cpu")) == 2
+    assert "--out: expected a file that can be written" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert gpu_decode.run(_options(tmp_path / "out.json", "--device", "cuda")) == 2
+        assert "torch sees no CUDA device here" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_by_default_a_gpu_measures_published_models():
+    options = _options("out.json", "--layers", "4", "--quick")
+    options.device = "cpu"
+    parts, settings = gpu_decode.session(options)
+    assert parts == [{"part": "decode", "model": "tiny", "layers": 4}] and settings["modes"] == ["lut16"]
+    options.layers, options.models = None, ["Llama-3.1-8B", "Llama-3.1-70B"]
+    assert [part["layers"] for part in gpu_decode.session(options)[0]] == [32, 8]
+
+
+def test_weights_that_break_the_process_are_left_out(monkeypatch, tmp_path):
+    asked = []
+
+    def broken(part, settings):
+        asked.append(dict(part["skip"]))
+        if "sfmp lut" not in part["skip"]:
+            return {"failed": "an illegal memory access"}, "sfmp lut"
+        return {"rows": [], "absent": {"sfmp lut 3 bpw": part["skip"]["sfmp lut"]}, "device": {"name": "x"}}, ""
+
+    monkeypatch.setattr(gpu_decode, "_in_a_process", broken)
+    part = {"part": "decode", "model": "tiny", "layers": 2}
+    found = gpu_decode.measure([part], {}, tmp_path / "out.json", log=lambda *_, **__: None)
+    assert asked == [{}, {"sfmp lut": "broke the process: an illegal memory access"}]
+    assert found["parts"][0]["absent"] == {"sfmp lut 3 bpw": "broke the process: an illegal memory access"}
+    monkeypatch.setattr(gpu_decode, "_in_a_process", lambda part, settings: ({"failed": "no memory"}, "torch fp16"))
+    found = gpu_decode.measure([part, part], {}, tmp_path / "out.json", log=lambda *_, **__: None)
+    assert all(part["failed"] == "no memory" for part in found["parts"])
+    found = gpu_decode.measure([part], {}, tmp_path / "out.json", limit=-1, log=lambda *_, **__: None)
+    assert found["parts"][0]["failed"].startswith("not begun") and json.loads((tmp_path / "out.json").read_text())
+
+
+def test_a_process_that_dies_says_what_it_tried():
+    part = {"part": "decode", "model": "no such model", "layers": 1, "skip": {}}
+    result, trying = gpu_decode._in_a_process(part, {"device": "cpu", **gpu_decode.QUICK})
+    assert "KeyError: 'no such model'" in result["failed"] and trying == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", [None, "mma", "lut"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_captured_graph_says_what_eager_steps_say(mode, fused):
+    if mode is None and fused:
+        pytest.skip("nothing to fuse")
+    dense = random_network(TINY, torch.float16, device="cuda")
+    model = dense if mode is None else decode_models.packed_model(dense, 3.0, "cuda", mode, fused)
+    decoder = StaticDecoder(model, 12, TOKENS)
+    decoder.start(_prompt(5).cuda())
+    decoder.run(2, graph=False)
+    decoder.start(_prompt(5).cuda())
+    decoder.capture()
+    for length in (12, 5, 2):
+        prompt, said = _prompt(length, length).cuda(), []
+        for graph in (False, True):
+            decoder.start(prompt)
+            decoder.run(TOKENS - 1, graph)
+            said.append(decoder.tokens())
+        assert torch.equal(*said), length
