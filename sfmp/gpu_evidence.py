@@ -15,6 +15,8 @@ from sfmp.notebook_paths import base_directory
 
 COMMANDS = {"kernels": "python -m sfmp.bench kernels", "decode": "python -m sfmp.bench decode"}
 VERSIONS = ("python", "torch", "numba", "numba-cuda", "cuda-bindings", "numpy", "triton", "gemlite", "transformers")
+QUICK_SECONDS = 120  # after which no further part is begun
+LEAST_ROUNDS = 7  # of a session that may be quoted
 
 
 def read_evidence(paths: Mapping[str, Path | str]) -> dict[str, dict]:
@@ -62,6 +64,7 @@ def conditions(evidence: Mapping[str, dict]) -> pd.DataFrame:
             "memory": None if device.get("memory_bytes") is None else f"{device['memory_bytes'] / 2**30:.0f} GB",
             "clocks": device.get("clocks"), "date": bench.get("date"), "commit": bench.get("commit"),
             "uncommitted changes": bench.get("dirty"), "command": bench.get("command"),
+            "quick": "yes: not to be quoted" if (bench.get("settings") or {}).get("rounds", 0) < LEAST_ROUNDS else "no",
             "settings": bench.get("settings"), **ceilings,
             **{package: versions.get(package) or "not installed" for package in VERSIONS},
         }
@@ -72,6 +75,8 @@ def conditions(evidence: Mapping[str, dict]) -> pd.DataFrame:
 def _text(value):
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {part}" for key, part in value.items())
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     return "unknown" if value is None else str(value)
 
 
@@ -120,8 +125,10 @@ def measure_here() -> dict[str, dict]:
         return {}
     path = base_directory() / "results" / "scratch" / "gpu" / "kernels.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "sfmp.bench", "kernels", "--quick", "--out", str(path)]
+    path.unlink(missing_ok=True)
+    options = ["--quick", "--limit", str(QUICK_SECONDS), "--out", str(path)]
+    command = [sys.executable, "-m", "sfmp.bench", "kernels", *options]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    if not path.exists():  # a part that failed is told by the file
         raise SfmpError(f"`{' '.join(command[1:])}`: expected times, found {done.stderr[-600:]!r}; run it by hand")
     return read_evidence({"kernels": path})

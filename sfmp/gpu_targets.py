@@ -25,12 +25,13 @@ SHARE, MMA, LUT = ("mma at 3 bits: share of a copy's bandwidth", "mma at 3 bits:
                    "lut at 3 bits: times torch float16")
 DECODE, DECODE_LEAST = "decode at 3 bits: times torch float16, both under CUDA graphs", 2.5
 DECODE_MODEL = "llama-3.1-8b"
-DECODE_BPW = (2.5, 3.5)  # of the rows that are "3 bits", with or without their scales
+DECODE_BPW = (3.0, 3.25)  # 3 bits with their scales, or without
 INT4 = {4: ("mma at 4 bits: times the fastest peer with 4 bits", 1.0),
         3: ("mma at 3 bits: times the fastest peer with 4 bits", 1.2),
         2: ("mma at 2 bits: times the fastest peer with 4 bits", 1.2)}
 ERROR, ERROR_MOST = "relative error of float16 results", 1e-3
 HOST, HOST_MOST = "host time of a call, µs", 5.0
+CALL = "kernels_numba.matmul"
 COLUMNS = ["target", "of", "required", "measured", "margin"]
 
 
@@ -55,22 +56,22 @@ def predictions(shapes=tuple(SHAPES), bits=BITS, copy_gbps: float = ASSUMED_COPY
     return pd.DataFrame(found)
 
 
-def targets(products: pd.DataFrame, errors: pd.DataFrame, decoded: pd.DataFrame) -> pd.DataFrame:
+def targets(products: pd.DataFrame, errors: pd.DataFrame, decoded: pd.DataFrame, host: pd.DataFrame) -> pd.DataFrame:
     """What was asked for; `measured` and `margin` are empty where nothing was measured.
 
     Parameters
     ----------
-    products, errors, decoded : pandas.DataFrame
-        :func:`sfmp.tables_gpu.products`, :func:`sfmp.tables_gpu.accuracy`, :func:`sfmp.tables_gpu.decoding`.
+    products, errors, decoded, host : pandas.DataFrame
+        Of :mod:`sfmp.tables_gpu`: `products`, `accuracy`, `decoding`, `host`.
 
     Returns
     -------
     pandas.DataFrame
-        `target, of, required, measured, margin`: a margin of at least 1 is a target that is kept. Times are of
-        matrices of one width, permuted, in float16; of several rows the worst counts.
+        `target, of, required, measured, margin`: a margin of at least 1 is a target that is kept. Times are of permuted
+        matrices of blocks in float16; of several rows the worst counts.
     """
     rows = ours(products)
-    rows = rows[(rows.dtype == "float16") & (rows["layout"] == "uniform")]
+    rows = rows[rows.dtype == "float16"]
     found = []
     for (out_features, in_features), (share, mma, lut) in SHAPES.items():
         shape = f"{out_features}×{in_features}"
@@ -86,21 +87,22 @@ def targets(products: pd.DataFrame, errors: pd.DataFrame, decoded: pd.DataFrame)
     for mode in ("mma", "lut"):
         wrong = [frame.error[(frame["mode"] == mode) & (frame.dtype == "float16") & own].astype(float)
                  for frame, own in ((errors, True), (products, products.family == "sfmp"))]
-        host = rows.host_us[rows["mode"] == mode].astype(float)
-        most += [(ERROR, mode, ERROR_MOST, pd.concat(wrong).max()), (HOST, mode, HOST_MOST, host.max())]
+        called = host.host_us[host.call == f"{CALL} {mode}"].astype(float)
+        most += [(ERROR, mode, ERROR_MOST, pd.concat(wrong).max()), (HOST, mode, HOST_MOST, called.max())]
     limits = pd.DataFrame(most, columns=COLUMNS[:-1])
     limits["margin"] = limits.required / limits.measured.astype(float)
     return pd.concat([result.astype({"measured": float}), limits.astype({"measured": float})], ignore_index=True)
 
 
 def _worst(rows, shape, mode, bits, column):
-    found = rows[(rows["shape"] == shape) & (rows["mode"] == mode) & (rows.bits == bits)][column].dropna()
+    near = rows.bits.astype(float).round(2) == bits
+    found = rows[(rows["shape"] == shape) & (rows["mode"] == mode) & near][column].dropna()
     return float(found.min()) if len(found) else None
 
 
 def _decoded(decoded):
     """Best of our rows of the 8B model at 3 bits under a graph: with fused matrices or without."""
-    mine = decoded[decoded.weights.astype(str).str.startswith("sfmp") & decoded.bpw.between(*DECODE_BPW)
+    mine = decoded[decoded.weights.astype(str).str.startswith("sfmp") & decoded.bpw.isin(DECODE_BPW)
                    & decoded.model.astype(str).str.lower().str.contains(DECODE_MODEL, regex=False)]
     found = mine.times_fp16.dropna().astype(float)
     return float(found.max()) if len(found) else None

@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sfmp.plots import _INK, PAGE, needs, styled
+from sfmp.tables_gpu import ours
 
 _STORAGE = {"checkpoint": ("checkpoint", _INK[7], "v"), "gpu lut": ("GPU lut", _INK[0], "o"),
             "gpu mma": ("GPU mma", _INK[1], "s"), "cpu": ("CPU", _INK[2], "^"), "float16": ("float16", "0.35", "D")}
@@ -72,8 +73,10 @@ def gpu_bits(predicted: pd.DataFrame, products: pd.DataFrame, lines: pd.DataFram
     predicted : pandas.DataFrame
         :func:`sfmp.gpu_targets.predictions`.
     products, lines : pandas.DataFrame
-        :func:`sfmp.tables_gpu.ours` of the products, :func:`sfmp.tables_gpu.fits`; may be empty.
+        :func:`sfmp.tables_gpu.products`, :func:`sfmp.tables_gpu.fits`; may be empty. Drawn are permuted matrices of
+        blocks with float16 activations.
     """
+    products, lines = (frame[frame.dtype == "float16"] for frame in (ours(products), lines))
     needs(predicted, ["shape", "bits", "predicted_us", "predicted_float16_us"], "gpu_bits")
     shapes = list(dict.fromkeys([*predicted["shape"], *products["shape"]]))
     figure, axes = plt.subplots(1, len(shapes), figsize=(PAGE, 2.5), squeeze=False)
@@ -85,11 +88,8 @@ def gpu_bits(predicted: pd.DataFrame, products: pd.DataFrame, lines: pd.DataFram
         for mode, (label, colour, marker) in _MODES.items():
             mine = rows[rows["mode"] == mode]
             if len(mine):
-                mixed = mine["layout"] == "blocks"
-                ax.plot(mine.bits[~mixed], mine.us[~mixed], color=colour, marker=marker, linestyle="",
-                        label=f"{label}, measured", **_EDGE)
-                ax.plot(mine.bits[mixed], mine.us[mixed], color=colour, marker=marker, linestyle="",
-                        markerfacecolor="none")
+                ax.plot(mine.bits, mine.us, color=colour, marker=marker, linestyle="", label=f"{label}, measured",
+                        **_EDGE)
             for fit in lines[(lines["shape"] == shape) & (lines["mode"] == mode)].itertuples():
                 ends = np.array([mine.bits.min(), mine.bits.max()])
                 ax.plot(ends, fit.fixed_us + fit.us_per_bit * ends, color=colour)
@@ -134,8 +134,9 @@ def _nothing(ax, text, height):
 
 
 def _peer_rows(products):
-    """Candidates of the largest shape, permuted, the fastest last."""
-    rows = products[~products.natural.astype(bool)].dropna(subset=["times_fp16"])
+    """Ours and the peers on the largest shape, the fastest last."""
+    mine = products.index.isin(ours(products).index)
+    rows = products[mine | (products.family != "sfmp")].dropna(subset=["times_fp16"])
     if rows.empty:
         return rows
     largest = rows.packed_bytes.groupby(rows["shape"]).max().idxmax()
@@ -189,8 +190,8 @@ def _decode(ax, rows):
     labels = [" ".join(filter(None, [row.weights, "" if pd.isna(row.bpw) else f"{row.bpw:g} bpw",
                                      "fused" if row.fused else "", "" if row.graph else "no graph"]))
               for row in rows.itertuples()]
-    ours = rows.weights.str.startswith("sfmp")
-    ax.barh(-rows.index, rows.tokens_per_second, color=np.where(ours, "#0173b2", "#949494"), height=0.75)
+    colours = [_FAMILIES["sfmp" if weights.startswith("sfmp") else "torch"][1] for weights in rows.weights]
+    ax.barh(-rows.index, rows.tokens_per_second, color=colours, height=0.75)
     ax.set_yticks(-rows.index, labels, fontsize=6)
     random = ", random weights" if rows.random.astype(bool).any() else ""
     ax.set(title=f"decoding, {rows.model.iloc[0]}{random}", xlabel="tokens per second, one sequence")

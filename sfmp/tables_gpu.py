@@ -16,6 +16,8 @@ from sfmp.bench.timing import median, ratio
 from sfmp.gpu_evidence import rows_of, shape_of
 
 DENSE_BITS = 16
+WORDS = {"shape", "name", "family", "mode", "layout", "gather", "dtype", "way", "activations", "model", "weights"}
+FLAGS = {"natural", "fused", "graph", "random"}
 SHOWN = ["shape", "tokens", "name", "family", "mode", "bits", "layout", "natural", "gather", "dtype", "us", "us_p10",
          "us_p90", "eager_us", "host_us", "packed_bytes", "gigabytes_per_second", "of_copy", "times_fp16", "times_int4",
          "predicted_us", "of_predicted", "error", "samples"]
@@ -66,6 +68,12 @@ def _int4(rows):
     return min((samples for samples in peers if samples), key=median, default=None)
 
 
+def _frame(rows, columns):
+    """A frame with these columns; numbers stay numbers where there are no rows."""
+    frame = pd.DataFrame(rows).reindex(columns=columns)
+    return frame.astype({column: float for column in columns if column not in WORDS and column not in FLAGS})
+
+
 def _table(evidence, name, columns):
     found = []
     for part, rows in rows_of(evidence, name):
@@ -74,7 +82,7 @@ def _table(evidence, name, columns):
             beside = [other for other in rows if other.get("tokens", part.get("tokens")) == tokens]
             extra = {column: row.get(column) for column in columns if column not in SHOWN}
             found.append({**_described(evidence, part, row, beside), **extra})
-    return pd.DataFrame(found, columns=columns)
+    return _frame(found, columns)
 
 
 def products(evidence: Mapping[str, dict]) -> pd.DataFrame:
@@ -84,7 +92,8 @@ def products(evidence: Mapping[str, dict]) -> pd.DataFrame:
     -------
     pandas.DataFrame
         `shape, tokens, name, family, mode, bits` (mean of the codes), `layout` (uniform, blocks, column groups),
-        `natural` (nothing permuted), `gather` (fused, unfused, none), `dtype`, `us` with its 10th and 90th percentile,
+        `natural` (nothing permuted), `gather` (of both permutations: fused into the product, unfused: by torch around
+        it, none), `dtype`, `us` with its 10th and 90th percentile,
         `eager_us` and `host_us` (called one by one: until done, until enqueued), `packed_bytes`,
         `gigabytes_per_second`, `of_copy` (share of a device copy's), `times_fp16` and `times_int4` (how many times as
         fast as torch with float16 weights, and as the fastest peer with 4 bits), `predicted_us`, `of_predicted`
@@ -109,27 +118,30 @@ def widths(evidence: Mapping[str, dict]) -> pd.DataFrame:
 def accuracy(evidence: Mapping[str, dict]) -> pd.DataFrame:
     """Errors against float64: `shape, mode, bits, dtype, activations, error`."""
     found = [{"shape": shape_of(part), **row} for part, rows in rows_of(evidence, "accuracy") for row in rows]
-    return pd.DataFrame(found).reindex(columns=ACCURACY)
+    return _frame(found, ACCURACY)
+
+
+def host(evidence: Mapping[str, dict]) -> pd.DataFrame:
+    """Host time of one call, without waiting for its result: `call, host_us, samples`."""
+    found = ((evidence.get("kernels") or {}).get("host") or {}).items()
+    rows = [(call, value["median_us"], len(value["samples_us"])) for call, value in found]
+    return pd.DataFrame(rows, columns=["call", "host_us", "samples"])
 
 
 def ours(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of this project as it is used: permuted, with a fused gather where a mode has one."""
-    rows = table[(table.family == "sfmp") & ~table.natural.astype(bool) & (table["layout"] != "column groups")]
-    if rows.empty:
-        return rows
-    best = rows.groupby(["shape", "mode"]).gather.transform(lambda found: "fused" if "fused" in set(found) else
-                                                            found.iloc[0])
-    return rows[rows.gather == best]
+    """Rows of this project as it is used: blocks of several widths, permuted, both permutations inside the product."""
+    return table[(table.family == "sfmp") & (table["layout"] == "blocks") & (table.gather == "fused")]
 
 
 def fits(table: pd.DataFrame) -> pd.DataFrame:
-    """Straight lines through time against mean bits, of all our matrices: one width, and blocks of several.
+    """Straight lines through time against mean bits, of permuted matrices of blocks.
 
     Returns
     -------
     pandas.DataFrame
-        `shape, mode, dtype, fixed_us, us_per_bit, r2`, and `mixed_speed`: of matrices with blocks of several widths,
-        the mean of the time on the line through those of one width over the measured time.
+        `shape, mode, dtype, fixed_us, us_per_bit, r2`, and `mixed_speed`: of the matrices between the fewest and the
+        most bits, which alone have blocks of several widths, the least time on the line through those two over the
+        measured time.
     """
     found, rows = [], ours(table).dropna(subset=["us"])
     for (shape, mode, dtype), part in rows.groupby(["shape", "mode", "dtype"], sort=False):
@@ -139,12 +151,9 @@ def fits(table: pd.DataFrame) -> pd.DataFrame:
         slope, fixed = np.polyfit(bits, time, 1)
         spread = ((time - time.mean()) ** 2).sum()
         r2 = 1 - ((time - fixed - slope * bits) ** 2).sum() / spread if spread else np.nan
-        plain = part["layout"] == "uniform"
-        mixed = np.nan
-        if bits[plain].nunique() > 1 and (~plain).any():
-            line = np.poly1d(np.polyfit(bits[plain], time[plain], 1))
-            mixed = float((line(bits[~plain]) / time[~plain]).mean())
-        found.append((shape, mode, dtype, fixed, slope, r2, mixed))
+        ends = bits.isin([bits.min(), bits.max()])
+        line = np.poly1d(np.polyfit(bits[ends], time[ends], 1))
+        found.append((shape, mode, dtype, fixed, slope, r2, (line(bits[~ends]) / time[~ends]).min()))
     return pd.DataFrame(found, columns=FITS)
 
 
@@ -159,13 +168,10 @@ def layouts(table: pd.DataFrame) -> pd.DataFrame:
     found = []
     keys = ["shape", "mode", "dtype", "bits"]
     columns = table[(table.family == "sfmp") & (table["layout"] == "column groups")]
-    blocks = ours(table)
-    blocks = blocks[blocks["layout"] == "blocks"]
-    for key, part in columns.groupby(keys, sort=False):
-        same = blocks[(blocks[keys] == pd.Series(dict(zip(keys, key, strict=True)))).all(axis=1)]
-        if len(same):
-            times = same.us.min(), part.us.min()
-            found.append((*key, *times, times[1] / times[0]))
+    blocks = ours(table).groupby(keys).us.min()
+    for key, time in columns.groupby(keys, sort=False).us.min().items():
+        if key in blocks.index:
+            found.append((*key, blocks[key], time, time / blocks[key]))
     return pd.DataFrame(found, columns=LAYOUTS)
 
 
@@ -219,5 +225,5 @@ def decoding(evidence: Mapping[str, dict]) -> pd.DataFrame:
             times = row["tokens_per_second"] / max(controls) if controls and row.get("graph") else None
             found.append({**row, "model": part.get("model"), "times_fp16": times,
                           "samples": len(row.get("seconds_per_token") or ())})
-    return pd.DataFrame(found).reindex(columns=DECODING)
+    return _frame(found, DECODING)
 
