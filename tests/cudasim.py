@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from cases import packed_case
 
-from kernels_numba.gpu import launches, lut_layout, lut_run, mma_layout, mma_run
+from kernels_numba.gpu import dequantize_run, launches, lut_layout, lut_run, mma_layout, mma_run
 
+OPTIONS = ("width", "shares", "warps", "gather", "stages", "panel")  # of runs; others are of matrices
 SWITCH = 5e-5  # seconds; threads of the simulator wait for each other more than they work
 
 
@@ -31,6 +32,24 @@ def run_mma(packed, x, y, **options):
     layout = mma_layout.make_layout(packed)
     plan = mma_run.plan(layout, len(x), str(x.dtype).removeprefix("torch."), **options)
     launches.run(plan, {**mma_run.layout_arrays(layout), **filled(plan), **ends(packed, x, y)})
+
+
+def run_dequantize(packed, x, y, panel):
+    """Multiply with weights that the kernel wrote panel by panel, in float64."""
+    layout = mma_layout.make_layout(packed)
+    count, places = len(layout.strip_chunk), dequantize_run.columns(layout)
+    taken = torch.where(torch.from_numpy(places) >= 0, x.double()[:, np.maximum(places, 0)], 0)
+    for first in range(0, count, panel):
+        strips = min(panel, count - first)
+        weight = torch.full(dequantize_run.workspace_shape(layout, strips), torch.nan, dtype=x.dtype)
+        arrays = {**mma_run.layout_arrays(layout), "workspace": plain(weight).view(np.uint32)}
+        launches.run(dequantize_run.plan(layout, str(x.dtype).removeprefix("torch."), first, strips), arrays)
+        found, rows = (taken @ weight.double().T).to(y.dtype), dequantize_run.rows(layout, first, strips)
+        if rows is None:
+            y[:] = found
+        else:
+            assert not weight[rows < 0].any()
+            y[:, rows[rows >= 0]] = found[:, rows >= 0]
 
 
 def filled(plan):
@@ -55,7 +74,7 @@ def bias_of(packed):
 
 def error(run, tokens, kind, seed=0, **options):
     """‖y − reference‖ / ‖reference‖ of a random matrix, against float64."""
-    shape = {key: options.pop(key) for key in tuple(options) if key not in ("width", "shares", "warps", "gather", "stages")}
+    shape = {key: options.pop(key) for key in tuple(options) if key not in OPTIONS}
     packed = packed_case(seed, **shape)
     x = torch.from_numpy(np.random.default_rng(seed).normal(size=(tokens, packed.shape[1]))).to(getattr(torch, kind))
     y = torch.full((tokens, packed.shape[0]), torch.nan, dtype=x.dtype)
@@ -66,7 +85,7 @@ def error(run, tokens, kind, seed=0, **options):
     return ((y.double() - reference).norm() / reference.norm()).item()
 
 
-RUNS = {"lut": run_lut, "mma": run_mma}
+RUNS = {"lut": run_lut, "mma": run_mma, "dequantize": run_dequantize}
 
 if __name__ == "__main__":
     sys.setswitchinterval(SWITCH)

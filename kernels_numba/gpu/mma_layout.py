@@ -48,6 +48,7 @@ class MmaLayout:
     strip_block, strip_chunk, strip_record : int32 [strips], row block, first chunk and first record of 32 scales
     rows : int32 [strips · 32], natural row or −1
     segment : int, columns of a segment
+    length : int, columns of all segments, a multiple of 32
     table_tiles : int, of a row block in tables
     most_strips : int, strips of a row block other than the last
     widths : tuple of the bit-widths that occur
@@ -65,6 +66,7 @@ class MmaLayout:
     strip_record: np.ndarray
     rows: np.ndarray
     segment: int
+    length: int
     table_tiles: int
     most_strips: int
     widths: tuple[int, ...]
@@ -85,8 +87,9 @@ def make_layout(packed) -> MmaLayout:
     row_perm = packed.row_perm.cpu().numpy().astype(np.int32)
     counts, per_unit = np.diff(tiles.first), UNIT_COLUMNS // tiles.segment
     columns = column_map(packed.col_perm.cpu().numpy(), packed.groups, size)
-    empty, most = len(columns) // tiles.segment, int(counts.max()) + AHEAD
-    columns = np.append(columns, np.full(UNIT_COLUMNS - len(columns) % UNIT_COLUMNS, EMPTY, np.int32))
+    length, most = len(columns), int(counts.max()) + AHEAD
+    empty = length // tiles.segment
+    columns = np.append(columns, np.full(UNIT_COLUMNS - length % UNIT_COLUMNS, EMPTY, np.int32))
     table = np.zeros((len(counts), most), np.int32)
     numbers = np.full((len(counts), most, per_unit), empty, np.int32)
     units, scales, chunks, records = [], [], [], []
@@ -112,7 +115,7 @@ def make_layout(packed) -> MmaLayout:
     return MmaLayout(
         np.concatenate(units), np.concatenate(scales), table.ravel(), numbers.ravel(), columns, tiles.first,
         np.repeat(np.arange(len(counts), dtype=np.int32), np.diff(strips)), _starts(chunks), _starts(records),
-        natural, tiles.segment, most, int(strips[1]), tuple(np.unique(tiles.bits).tolist()), tuple(packed.shape))
+        natural, tiles.segment, length, most, int(strips[1]), tuple(np.unique(tiles.bits).tolist()), tuple(packed.shape))
 
 
 def unit_words(codes: np.ndarray, width: int) -> np.ndarray:

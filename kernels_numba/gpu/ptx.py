@@ -78,6 +78,20 @@ def load_word(typingctx, pointer, offset):
 
 
 @intrinsic
+def store_line(typingctx, pointer, offset, a, b, c, d):
+    """Write 16 bytes, four uint32."""
+    signature = types.void(pointer, offset, *[types.uint32] * 4)
+
+    def generate(context, builder, signature, arguments):
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        _assembly(builder, _VOID, "st.global.v4.u32 [$0], {$1,$2,$3,$4};", "l,r,r,r,r", [address, *arguments[2:]],
+                  effect=True)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
 def shared_address(typingctx, array):
     """Address of a shared array in the shared window, in bytes: uint32."""
     signature = types.uint32(array)

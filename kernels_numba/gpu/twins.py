@@ -52,6 +52,10 @@ def load_word(pointer, offset):
     return _view(pointer, offset, 1, np.uint32)[0]
 
 
+def store_line(pointer, offset, a, b, c, d):
+    _view(pointer, offset, 4, np.uint32)[:] = a, b, c, d
+
+
 def shared_address(array):
     data = np.asarray(getattr(array, "_ary", array)).reshape(-1)
     manager = threading.current_thread()._manager
