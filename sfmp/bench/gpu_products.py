@@ -83,7 +83,7 @@ def _by_kernel(weight, bias, x):
     from kernels_numba.gpu import devices
     from kernels_numba.gpu.weight import CHUNK
 
-    if weight.structure.mode == "lut" or len(x) < devices.get(x.device.index).settings.crossover:
+    if weight.structure.mode == "lut" or len(x) < devices.get(x.device.index or 0).settings.crossover:
         return weight.multiply(x, None)
     y = x.new_empty(len(x), weight.rows)
     for first in range(0, len(x), CHUNK):
