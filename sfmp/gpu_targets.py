@@ -32,7 +32,7 @@ INT4 = {4: ("mma at 4 bits: times the fastest peer with 4 bits", 1.0),
 ERROR, ERROR_MOST = "relative error of float16 results", 1e-3
 HOST, HOST_MOST = "host time of a call, µs", 5.0
 CALL = "kernels_numba.matmul"
-COLUMNS = ["target", "of", "required", "measured", "margin"]
+COLUMNS = ["target", "of", "device", "required", "measured", "margin"]
 
 
 def predictions(shapes=tuple(SHAPES), bits=BITS, copy_gbps: float = ASSUMED_COPY_GBPS) -> pd.DataFrame:
@@ -56,19 +56,22 @@ def predictions(shapes=tuple(SHAPES), bits=BITS, copy_gbps: float = ASSUMED_COPY
     return pd.DataFrame(found)
 
 
-def targets(products: pd.DataFrame, errors: pd.DataFrame, decoded: pd.DataFrame, host: pd.DataFrame) -> pd.DataFrame:
-    """What was asked for; `measured` and `margin` are empty where nothing was measured.
+def targets(products: pd.DataFrame, errors: pd.DataFrame, decoded: pd.DataFrame, host: pd.DataFrame,
+            conditions: pd.DataFrame) -> pd.DataFrame:
+    """What was asked for; `device`, `measured` and `margin` are empty where nothing was measured.
 
     Parameters
     ----------
     products, errors, decoded, host : pandas.DataFrame
         Of :mod:`sfmp.tables_gpu`: `products`, `accuracy`, `decoding`, `host`.
+    conditions : pandas.DataFrame
+        :func:`sfmp.gpu_evidence.conditions`: names the device.
 
     Returns
     -------
     pandas.DataFrame
-        `target, of, required, measured, margin`: a margin of at least 1 is a target that is kept. Times are of permuted
-        matrices of blocks in float16; of several rows the worst counts.
+        `target, of, device, required, measured, margin`: a margin of at least 1 is a target that is kept. Times are of
+        permuted matrices of blocks in float16; of several rows the worst counts.
     """
     rows = ours(products)
     rows = rows[rows.dtype == "float16"]
@@ -81,17 +84,20 @@ def targets(products: pd.DataFrame, errors: pd.DataFrame, decoded: pd.DataFrame,
         found += [(name, shape, least, _worst(rows, shape, "mma", bits, "times_int4"))
                   for bits, (name, least) in INT4.items()]
     found.append((DECODE, "Llama-3.1-8B", DECODE_LEAST, _decoded(decoded)))
-    result = pd.DataFrame(found, columns=COLUMNS[:-1])
-    result["margin"] = result.measured.astype(float) / result.required
+    least = pd.DataFrame(found, columns=["target", "of", "required", "measured"]).astype({"measured": float})
     most = []
     for mode in ("mma", "lut"):
         wrong = [frame.error[(frame["mode"] == mode) & (frame.dtype == "float16") & own].astype(float)
                  for frame, own in ((errors, True), (products, products.family == "sfmp"))]
         called = host.host_us[host.call == f"{CALL} {mode}"].astype(float)
         most += [(ERROR, mode, ERROR_MOST, pd.concat(wrong).max()), (HOST, mode, HOST_MOST, called.max())]
-    limits = pd.DataFrame(most, columns=COLUMNS[:-1])
-    limits["margin"] = limits.required / limits.measured.astype(float)
-    return pd.concat([result.astype({"measured": float}), limits.astype({"measured": float})], ignore_index=True)
+    limits = pd.DataFrame(most, columns=["target", "of", "required", "measured"]).astype({"measured": float})
+    least["margin"], limits["margin"] = least.measured / least.required, limits.required / limits.measured
+    result = pd.concat([least, limits], ignore_index=True)
+    devices = conditions[conditions.what == "device"].set_index("file").value
+    files = result.target.map({DECODE: "decode"}).fillna("kernels")
+    result["device"] = files.map(devices.get)
+    return result[COLUMNS]
 
 
 def _worst(rows, shape, mode, bits, column):

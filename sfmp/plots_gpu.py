@@ -71,14 +71,14 @@ def gpu_bits(predicted: pd.DataFrame, products: pd.DataFrame, lines: pd.DataFram
     Parameters
     ----------
     predicted : pandas.DataFrame
-        :func:`sfmp.gpu_targets.predictions`.
+        :func:`sfmp.gpu_targets.predictions`; its shapes are drawn.
     products, lines : pandas.DataFrame
         :func:`sfmp.tables_gpu.products`, :func:`sfmp.tables_gpu.fits`; may be empty. Drawn are permuted matrices of
         blocks with float16 activations.
     """
     products, lines = (frame[frame.dtype == "float16"] for frame in (ours(products), lines))
     needs(predicted, ["shape", "bits", "predicted_us", "predicted_float16_us"], "gpu_bits")
-    shapes = list(dict.fromkeys([*predicted["shape"], *products["shape"]]))
+    shapes = list(dict.fromkeys(predicted["shape"]))
     figure, axes = plt.subplots(1, len(shapes), figsize=(PAGE, 2.5), squeeze=False)
     for ax, shape in zip(axes[0], shapes, strict=True):
         model = predicted[predicted["shape"] == shape]
@@ -186,13 +186,15 @@ def _widths(ax, rows):
 
 
 def _decode(ax, rows):
-    rows = rows[rows.model == rows.model.iloc[0]].reset_index(drop=True)
+    rows = rows[rows.model == rows.model.iloc[0]]
+    rows = rows[rows.graph == rows.graph.any()].reset_index(drop=True)  # without graphs only where there are none
     labels = [" ".join(filter(None, [row.weights, "" if pd.isna(row.bpw) else f"{row.bpw:g} bpw",
-                                     "fused" if row.fused else "", "" if row.graph else "no graph"]))
+                                     "fused" if row.fused else ""]))
               for row in rows.itertuples()]
     colours = [_FAMILIES["sfmp" if weights.startswith("sfmp") else "torch"][1] for weights in rows.weights]
     ax.barh(-rows.index, rows.tokens_per_second, color=colours, height=0.75)
     ax.set_yticks(-rows.index, labels, fontsize=6)
     random = ", random weights" if rows.random.astype(bool).any() else ""
-    ax.set(title=f"decoding, {rows.model.iloc[0]}{random}", xlabel="tokens per second, one sequence")
+    graphs = ", CUDA graphs" if rows.graph.any() else ""
+    ax.set(title=f"{rows.model.iloc[0]}{random}{graphs}", xlabel="tokens per second, one sequence")
     ax.grid(axis="y", visible=False)

@@ -210,7 +210,8 @@ def crossovers(table: pd.DataFrame) -> pd.DataFrame:
         part = part.sort_values("tokens")
         ahead = (part.times_fp16 > 1).cummin()
         last, most = int(part.tokens[ahead].max()) if ahead.any() else 0, int(part.tokens.max())
-        found.append((shape, way, bits, last, " ".join(map(str, part.tokens[part.fastest])), most, last < most))
+        won = " ".join(f"{count:g}" for count in part.tokens[part.fastest])
+        found.append((shape, way, bits, last, won, most, last < most))
     return pd.DataFrame(found, columns=CROSSOVERS)
 
 
