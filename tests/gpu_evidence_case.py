@@ -56,6 +56,7 @@ def product(shape):
         rows += [ours(shape, mode, 2.5, "column groups", True, "none", times=1.4),
                  ours(shape, mode, 3, natural=True, gather="none", times=1.0),
                  ours(shape, mode, 3, gather="unfused", times=1.5),
+                 *([ours(shape, mode, 3, gather="own kernel", times=1.3)] if mode == "mma" else []),
                  ours(shape, mode, 3, dtype="bfloat16")]
     return {"part": "product", "shape": list(shape), "rows": rows}
 

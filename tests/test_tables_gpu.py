@@ -106,7 +106,17 @@ def test_column_groups_and_reordering(evidence):
     kept = named(tables.reordering(products), "shape", "mode", "gather").speed_kept
     assert kept[SMALL, "lut", "fused"] == pytest.approx(1 / 1.1)
     assert kept[SMALL, "mma", "unfused"] == pytest.approx(1 / 1.5)
-    assert len(kept) == 4 * 2 * 2, "bfloat16 has no row in natural order"
+    assert kept[SMALL, "mma", "own kernel"] == pytest.approx(1 / 1.3)
+    assert len(kept) == 4 * (2 + 3), "bfloat16 has no row in natural order"
+
+
+def test_where_nothing_is_fused_the_kernel_of_its_own_counts(evidence):
+    products = tables.products(evidence)
+    assert set(tables.ours(products).gather) == {"fused"}
+    large = products["shape"] == "4096×14336"
+    products.loc[large & (products["mode"] == "mma") & (products.gather == "fused"), "gather"] = "own kernel"
+    kept = named(tables.ours(products), "shape", "mode").gather
+    assert set(kept["4096×14336", "mma"]) == {"own kernel"} and set(kept["4096×14336", "lut"]) == {"fused"}
 
 
 def test_crossovers(evidence):
