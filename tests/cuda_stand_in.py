@@ -2,11 +2,13 @@
 
 import contextlib
 import ctypes
+import traceback
 
 from kernels_numba.gpu import devices, launch
 from kernels_numba.gpu.driver import Driver
 from kernels_numba.gpu.prepared import Kernels
 
+FAILED = 999  # CUDA_ERROR_UNKNOWN
 LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
 RESULTS = {"cuLibraryLoadData": 0x10, "cuDeviceGet": 3, "cuDevicePrimaryCtxRetain": 0x77, "cuKernelGetFunction": 0x99,
            "cuCtxSetCurrent": None, "cuKernelSetAttribute": None, "cuFuncLoad": None, "cuLibraryGetKernel": None,
@@ -42,7 +44,11 @@ class Library:
             pointers = (ctypes.c_void_p * len(self.types[name])).from_address(parameters)
             values = [(ctypes.c_int32 if letter == "n" else ctypes.c_uint64).from_address(pointer).value
                       for letter, pointer in zip(self.types[name], pointers, strict=True)]
-            self.launched(kernel, rest[:3], rest[3:6], rest[6], rest[7] or 0, values)
+            try:
+                self.launched(kernel, rest[:3], rest[3:6], rest[6], rest[7] or 0, values)
+            except Exception:  # ctypes would print it and return 0
+                traceback.print_exc()
+                return FAILED
         return status
 
     def launched(self, kernel, grid, block, shared, stream, values):

@@ -18,7 +18,7 @@ from kernels_numba.gpu.weight import make_weight
 from sfmp.checks import SfmpError
 from sfmp.pack import pack
 
-SHAPE, GROUP, BLOCK_ROWS, LEVELS = (150, 700), 128, 70, (2, 3, 4)  # ragged at every edge
+SHAPE, GROUP, BLOCK_ROWS, LEVELS = (75, 300), 128, 40, (2, 3, 4)  # ragged at every edge
 TOKENS = 1, 3
 LIMIT = 2.0**-10  # of ‖error‖/‖result‖: float16 rounds to 2^-11
 

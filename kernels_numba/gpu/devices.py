@@ -63,13 +63,6 @@ def get(index: int) -> Device:
                   torch.cuda.device_count() == 1)
 
 
-def current_index() -> int:
-    """Return the index of torch's current device."""
-    import torch
-
-    return torch.cuda.current_device()
-
-
 def offered() -> str:
     """Return the names of the devices that can run the kernels."""
     import torch

@@ -82,7 +82,7 @@ def weight(packed, device: torch.device, mode: str | None, kind: torch.dtype) ->
     SfmpError
         It has to be made and a graph is being captured, or results on the device are wrong.
     """
-    index = device.index if device.index is not None else devices.current_index()
+    index = device.index or 0
     used = mode or ("lut" if kind == torch.float32 else "mma")
     cache, key = packed.derived(), ("cuda", index, mode, used)
     found = cache.get(key)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels_numba.cpu.plain import dispatch_modes, forward, function_modes, tracing, transform
-from kernels_numba.gpu import devices, lut_layout, lut_run, mma_layout, mma_run, panels
+from kernels_numba.gpu import dequantize_run, devices, lut_layout, lut_run, mma_layout, mma_run, panels
 from kernels_numba.gpu.prepared import ALIGNMENT, Prepared
 from kernels_numba.linear_operator import readable_bias
 from sfmp.checks import SfmpError
@@ -31,7 +31,7 @@ BIASES = ("no bias", "wide bias")  # float32 [N] in the image: zeros, and the bi
 _STRIDED = torch.strided
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Structure:
     """What the host knows of an image.
 
@@ -49,7 +49,6 @@ class Structure:
     places: dict[str, int]
     size: int
     options: dict
-    __hash__ = object.__hash__
 
     def key(self) -> str:
         """Hash by which torch's operator names a structure."""
@@ -76,7 +75,8 @@ def make_weight(packed, mode: str, device: torch.device, kinds=None, **options) 
     """
     maker, runner = LAYOUTS[mode]
     layout = maker.make_layout(packed)
-    arrays = {**runner.layout_arrays(layout), **{name: np.zeros(packed.shape[0], np.float32) for name in BIASES}}
+    arrays = {**runner.layout_arrays(layout), **(panels.arrays(layout) if mode == "mma" else {}),
+              **{name: np.zeros(packed.shape[0], np.float32) for name in BIASES}}
     places, size = {}, 0
     for name, array in arrays.items():
         places[name] = -(-size // ALIGNMENT) * ALIGNMENT
@@ -164,24 +164,25 @@ class Weight:
 
     def _first(self, x, bias):
         """`enqueue` for a shape that comes for the first time, and for what needs more than one prepared product."""
-        shape = (*x.shape[:-1], self.rows)
         tokens = x.numel() // self.columns
-        y = x.new_empty(shape)
-        if tokens == 0:
-            return y
         if self.structure.mode == "mma" and tokens >= self._device.settings.crossover:
+            y = x.new_empty(*x.shape[:-1], self.rows)
             panels.multiply(self, x.view(tokens, -1), y.view(tokens, -1), bias)
             return y
+        return self.through_codes(x, bias)
+
+    def through_codes(self, x, bias) -> Tensor:
+        """`enqueue` by the kernel that reads codes, whatever the number of tokens."""
+        shape, tokens = (*x.shape[:-1], self.rows), x.numel() // self.columns
+        y, step = x.new_empty(*shape), x.element_size()
         bias_at, _keep = (self._no_bias, None) if bias is None else self._bias_at(bias)
-        if tokens <= CHUNK:
-            run = self.prepared(tokens, x.dtype)
-            self._ready[x.shape, x.dtype] = run, shape, run.scratch_bytes
-        step = x.element_size()
         for first in range(0, tokens, CHUNK):
             run = self.prepared(min(CHUNK, tokens - first), x.dtype)
             scratch = x.new_empty(run.scratch_bytes, dtype=torch.uint8)
             run(x.data_ptr() + first * self.columns * step, y.data_ptr() + first * self.rows * step, bias_at,
                 scratch.data_ptr())
+            if tokens <= CHUNK and (self.structure.mode != "mma" or tokens < self._device.settings.crossover):
+                self._ready[x.shape, x.dtype] = run, shape, run.scratch_bytes
         return y
 
     def prepared(self, tokens: int, kind: torch.dtype) -> Prepared:
@@ -201,6 +202,21 @@ class Weight:
             plan = LAYOUTS[structure.mode][1].plan(structure.layout, tokens, name_of(kind),
                                                    **{**options, **structure.options})
             run = self._runs[tokens, kind] = Prepared(plan, self._addresses, device.kernels)
+        return run
+
+    def panel(self, kind: torch.dtype, first_strip: int, strips: int) -> Prepared:
+        """Return the prepared launch that writes a panel of the weight; its arguments are addresses of panel and 0.
+
+        Raises
+        ------
+        SfmpError
+            The kernel is not loaded yet and a graph is being captured.
+        """
+        key = first_strip, strips, kind
+        run = self._runs.get(key)
+        if run is None:
+            plan = dequantize_run.plan(self.structure.layout, name_of(kind), first_strip, strips)
+            run = self._runs[key] = Prepared(plan, self._addresses, self._device.kernels, (dequantize_run.WORKSPACE,))
         return run
 
     def _bias_at(self, bias) -> tuple[int, Tensor | None]:
