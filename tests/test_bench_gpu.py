@@ -1,6 +1,7 @@
 """The GPU bench of products, end to end on the CPU: the command, its file, what it leaves out, what it predicts."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,10 +11,10 @@ import torch
 
 from kernels_numba.cpu import targets
 from sfmp.bench import __main__ as command
-from sfmp.bench import gpu_model, gpu_parts, gpu_peers, gpu_timing, gpu_wanted, gpu_worker, kernels
+from sfmp.bench import gpu_candidates, gpu_model, gpu_parts, gpu_peers, gpu_timing, gpu_wanted, kernels
 from sfmp.bench.gpu_candidates import Matrices, random_matrix
 from sfmp.bench.gpu_timing import Settings
-from sfmp.bench.gpu_wanted import Kind
+from sfmp.bench.gpu_wanted import Kind, Wanted
 from sfmp.bench.timing import Candidate
 from sfmp.checks import SfmpError
 
@@ -162,6 +163,28 @@ def test_a_wrong_product_shows_in_its_error():
     assert gpu_timing.checked(lambda: torch.full((1, 64), float("nan")), right, torch.float16) is None
 
 
+def test_copies_are_laid_out_once_and_a_layout_that_fails_waits_for_its_candidate(monkeypatch):
+    made = []
+
+    def make_copies(packed, way, count, device):
+        made.append((way, packed.shape, count))
+        if way == "exact":
+            raise SfmpError("no such way")
+        return gpu_candidates.make_copies.original(packed, way, count, device)
+
+    make_copies.original = gpu_candidates.make_copies
+    monkeypatch.setattr(gpu_candidates, "make_copies", make_copies)
+    stock = gpu_candidates.Stock((64, 256), TINY, 1.0)
+    found = [Wanted(Kind(3), "lut16"), Wanted(Kind(3), "exact"), Wanted(Kind(3), "lut16", dtype="bfloat16")]
+    stock.lay_out(found)
+    assert sorted(made) == [("exact", (64, 256), 2), ("lut16", (64, 256), 2)]
+    with pytest.raises(SfmpError, match="no such way"):
+        stock.candidate(found[1])
+    if "lut16" in MODES:
+        assert stock.candidate(found[0]).error < 1e-3 and stock.candidate(found[2]).facts["dtype"] == "bfloat16"
+    assert [way for way, *_ in made].count("lut16") == 1
+
+
 def test_every_candidate_is_visited_once_a_round():
     calls = []
     prepared = [gpu_timing.Prepared(Candidate(name, "torch", [None], 7, facts={"bits": 4}),
@@ -172,152 +195,6 @@ def test_every_candidate_is_visited_once_a_round():
                        "samples_us": [1.5] * 3, "eager_us": 2.0, "host_us": None}
     rounds = [calls[start : start + 8] for start in (0, 8, 16)]
     assert all(sorted(order) == list("abcdefgh") for order in rounds) and rounds[0] != rounds[1]
-
-
-def test_a_candidate_that_fails_costs_itself_only():
-    told = []
-    attempts = gpu_worker.Attempts({"gemlite": "hung"}, TINY, told.append)
-
-    def broken():
-        raise RuntimeError("no such instruction\nmore")
-
-    def fine():
-        return Candidate("fine", "sfmp", [lambda: torch.zeros(1)], 1)
-
-    attempts("mma 3 blocks", broken)
-    attempts("mma 4 blocks", fine)
-    attempts("triton 2", broken, peer="")
-    attempts("gemlite 4", fine, peer="")
-    attempts("torch int4pack", fine, peer="torch too old")
-    assert attempts.failed == ["mma 3 blocks: RuntimeError: no such instruction"]
-    assert [one.candidate.name for one in attempts.prepared] == ["fine"]
-    assert attempts.absent == {"triton 2": "RuntimeError: no such instruction", "gemlite 4": "hung",
-                               "torch int4pack": "torch too old"}
-    assert told == ["mma 3 blocks", "mma 4 blocks", "triton 2"], "what is skipped is not tried"
-
-
-class Breaking:
-    """A worker whose process ends at some candidates."""
-
-    def __init__(self, broken):
-        self.broken, self.parts = broken, []
-
-    def run(self, part, seconds):
-        self.parts.append(part)
-        left = [name for name in self.broken if name not in part["skip"] and name.split()[0] not in part["skip"]]
-        return {"failed": "CUDA error: illegal address", "broke": left[0]} if left else {"rows": [], "absent": {}}
-
-
-def test_a_candidate_that_ends_the_process_is_left_out_and_the_part_measured_again():
-    worker = Breaking(["mma 3 blocks", "gemlite 2", "gemlite 4"])
-    result = kernels._measured(worker, {"part": "product", "shape": [128, 128]}, {"ceilings": {"copy_gbps": 9}})
-    assert result == {"rows": [], "absent": {}}
-    assert worker.parts[-1]["skip"] == {name: "broke the process: CUDA error: illegal address"
-                                        for name in ("mma 3 blocks", "gemlite")}
-    assert len(worker.parts) == 3 and worker.parts[0]["copy_gbps"] == 9
-
-
-def test_a_part_whose_end_has_no_remedy_fails():
-    worker = Breaking(["accuracy mma"])
-    worker.run = lambda part, seconds: {"failed": "gone", "broke": "accuracy mma"}
-    assert kernels._measured(worker, {"part": "accuracy"}, {"ceilings": None}) == {"failed": "gone"}
-    worker.run = lambda part, seconds: {"failed": "gone", "broke": None}
-    assert kernels._measured(worker, {"part": "accuracy"}, {"ceilings": None}) == {"failed": "gone"}
-    names = iter("abcdefghijk")
-    worker.run = lambda part, seconds: {"failed": "gone", "broke": next(names)}
-    assert "given up after 8" in kernels._measured(worker, {"part": "product"}, {"ceilings": None})["failed"]
-
-
-def test_a_process_that_dies_or_hangs_is_told_from_its_last_word(monkeypatch):
-    say = "import sys, time; sys.stdin.readline(); print('{\"trying\": \"mma\"}', flush=True); "
-    popen = subprocess.Popen
-    for code, text in (("sys.exit('bad address')", "bad address"), ("time.sleep(60)", "took more than 2 s"),
-                       ("sys.exit(3)", "exit status 3")):
-        monkeypatch.setattr(kernels.subprocess, "Popen",
-                            lambda command, code=code, **given: popen([sys.executable, "-c", say + code], **given))
-        with kernels.Worker({}) as worker:
-            assert worker.run({"part": "product"}, 2) == {"failed": text, "broke": "mma"}
-            assert worker._process is None, "the next part starts another"
-        monkeypatch.undo()
-
-
-def test_the_file_is_whole_after_every_part_and_parts_beyond_the_limit_are_not_begun(tmp_path, monkeypatch):
-    path, seen = tmp_path / "k.json", []
-
-    def run(self, part, seconds):
-        seen.append(json.loads(path.read_text()))
-        if part["part"] == "ceilings":
-            return {"device": {"name": "x"}, "ceilings": {"copy_gbps": 1.0}, "rotation_bytes": 5}
-        clock[0] += 100
-        return {"rows": [{"name": "a", "samples_us": [2.0], "packed_bytes": 500, "predicted_us": None, "tokens": 1}]}
-
-    clock = [0.0]
-    monkeypatch.setattr(kernels.Worker, "run", run)
-    monkeypatch.setattr(kernels.time, "monotonic", lambda: clock[0])
-    chosen = [{"part": "product", "shape": [size, 128]} for size in (128, 256, 384)]
-    lines = []
-    result = kernels.measure(chosen, {"device": "cpu"}, path, 150, log=lambda text, flush: lines.append(text))
-    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
-    assert [len(file["parts"]) for file in seen] == [0, 0, 1]
-    assert ["failed" in part for part in result["parts"]] == [False, False, True]
-    assert "not begun: 200 s of 150 s" in result["parts"][2]["failed"] and result["settings"]["rotation_bytes"] == 5
-    assert not list(tmp_path.glob(".*.tmp")) and any("25 % of copy" in line for line in lines)
-
-
-def test_without_ceilings_nothing_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels.Worker, "run", lambda *_: {"failed": "no device", "broke": "ceilings"})
-    chosen = [{"part": "product", "shape": [128, 128]}]
-    result = kernels.measure(chosen, {"device": "cpu"}, tmp_path / "k.json", log=lambda *_, **__: None)
-    assert [part["failed"] for part in result["parts"]] == ["no device", "not begun: the ceilings were not measured"]
-
-
-def test_a_summary_compares_with_what_was_predicted_and_with_float16():
-    rows = [{"name": "torch float16", "tokens": 1, "samples_us": [10.0, 12.0, 11.0], "packed_bytes": 22000,
-             "predicted_us": 9.0}, {"name": "mma 3", "tokens": 1, "samples_us": [5.5], "packed_bytes": 5500,
-                                    "predicted_us": 4.0}, {"mode": "mma", "error": 1e-4}]
-    first, second = kernels.summary(rows, {"copy_gbps": 4.0})
-    assert "11.00 us" in first and "1.00 x float16" in first and "50 % of copy" in first
-    assert "5.50 us" in second and "25 % of copy" in second and "predicted    4.00 us" in second
-    assert "2.00 x float16" in second
-
-
-def test_what_failed_is_said_and_ends_with_one(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(kernels.Worker, "run", lambda *_: {"failed": "no device", "broke": None})
-    path = tmp_path / "k.json"
-    assert command.main(["kernels", "--device", "cpu", "--parts", "accuracy", "--out", str(path)]) == 1
-    assert "failed: ceilings, accuracy 256×512; the file says why" in capsys.readouterr().err
-    assert [part["part"] for part in json.loads(path.read_text())["parts"]] == ["ceilings", "accuracy"]
-
-
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--shapes", "4096"], "expected out×in"), (["--shapes", "64x100"], "a multiple of 128"),
-    (["--parts", "nothing"], "invalid choice: 'nothing'"), (["--batches", "0"], "at least 1, found '0'"),
-    (["--batches", "many"], "at least 1, found 'many'"), (["--device", "tpu"], "invalid choice: 'tpu'"),
-])
-def test_bad_arguments_are_refused(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        command.main(["kernels", "--out", str(tmp_path / "b.json"), *arguments])
-    assert stopped.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def test_a_device_that_is_not_there_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "has_cuda", lambda: False)
-    assert command.main(["kernels", "--device", "cuda", "--out", str(tmp_path / "b.json")]) == 2
-    assert "--device: expected cpu, found cuda" in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def test_a_file_that_cannot_be_written_is_refused_before_measuring(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(kernels.Worker, "run", lambda *_: pytest.fail("nothing may be measured"))
-    with pytest.raises(SfmpError, match="--out: expected a file that can be written"):
-        kernels.measure([], {}, tmp_path / "file" / "k.json")
-
-
-def test_what_matters_most_is_measured_first():
-    names = [part["part"] for part in kernels.parts(kernels.SHAPES, kernels.BATCHES)]
-    assert names == ["host", "accuracy", *["product"] * 4, "batch", "width", *["product"] * 2]
-    batch = next(part for part in kernels.parts(kernels.SHAPES, (1, 2), ["batch"]))
-    assert batch == {"part": "batch", "shape": [14336, 4096], "batches": [1, 2]}
 
 
 BLOCKED = """
@@ -334,7 +211,7 @@ class Block:  # a package that is found and cannot be imported
 sys.meta_path.insert(0, Block())
 from sfmp.bench import gpu_worker, gpu_parts, kernels
 from sfmp.bench.gpu_timing import Settings
-from sfmp.bench.gpu_wanted import Kind
+from sfmp.bench.gpu_wanted import Kind, Wanted
 settings = Settings("cpu", rounds=1, rotation_bytes=1, sample_us=1)
 for name in ("ceilings", "host", "accuracy", "product", "batch", "width"):
     part = {"part": name, "shape": [32, 128], "batches": [2], "copy_gbps": 1.0}
@@ -346,4 +223,31 @@ environment.versions(), environment.git_state(), kernels._versions()
 
 def test_nothing_but_torch_numba_and_pandas_is_needed():
     done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+INTERPRETED = """
+import torch, triton
+from sfmp.bench import gpu_triton
+for bits in (2, 4):
+    rows, columns, size = 70, 1152, 128
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8)
+    scales, zeros = torch.rand(rows, columns // size).half(), torch.full((rows, columns // size), 1.5).half()
+    x, words = torch.randn(1, columns).half(), gpu_triton.pack(codes, bits, size)
+    assert words.shape == (rows, columns * bits // 32) and words.dtype == torch.int32
+    spread = [part.double().repeat_interleave(size, 1) for part in (scales, zeros)]
+    exact = x.double() @ ((codes.double() - spread[1]) * spread[0]).T
+    for config in gpu_triton.CONFIGS:
+        y = torch.full((1, rows), float("nan")).half()
+        grid = (triton.cdiv(rows, config.kwargs["ROWS"]),)
+        gpu_triton.multiply[grid](words, scales, zeros, x, y, rows, GROUPS=columns // size, BITS=bits, GROUP=size,
+                                  **config.kwargs)
+        assert (y.double() - exact).norm() / exact.norm() < 1e-3, (bits, config)
+"""
+
+
+def test_the_triton_peer_computes_what_its_codes_say():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -86,6 +86,14 @@ def test_the_kernel_is_measured_beyond_the_crossover_too(device):
     assert len(multiplied) == 3, "32, 32 and 3"
 
 
+def test_a_dequantized_matrix_is_measured_below_the_crossover_too(device):
+    packed, x = random_matrix(64, 256, Kind(3)), torch.zeros(1, 256, dtype=torch.float16)
+    copies = gpu_products.DeviceCopies(packed, "dequantize", 2, CPU)
+    assert [product().shape for product in copies.products(x)] == [(1, 64)] * 2 and copies.gather(x) == "own kernel"
+    assert [launch.make.__module__ for launch in device.asked] == ["kernels_numba.gpu.dequantize"]
+    assert len(device.library.launches) == 2
+
+
 def test_torch_permutes_around_the_product(device, monkeypatch):
     packed = random_matrix(64, 256, Kind(3, natural=True))
     monkeypatch.setattr(weight.Weight, "multiply", lambda self, x, bias: x[:, : self.rows])

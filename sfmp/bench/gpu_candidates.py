@@ -21,7 +21,7 @@ from sfmp.packed import PackedMatrix
 
 BLOCK_ROWS = 512
 ONE_READING = {"mma": 8}  # tokens up to which a weight is read once; one token where nothing is said
-MOST_THREADS = 8
+MOST_THREADS = 6  # each takes some bytes of memory for every weight
 
 
 def random_matrix(rows: int, columns: int, kind: Kind, seed: int = 0) -> PackedMatrix:
@@ -63,8 +63,10 @@ class Stock:
 
         for one in found:
             self.matrices(one.kind)
+        first, *others = dict.fromkeys((one.kind, one.way) for one in found)
+        make(*first)  # alone, for it also opens the device
         with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-            for pair in dict.fromkeys((one.kind, one.way) for one in found):
+            for pair in others:
                 pool.submit(make, *pair)
 
     def candidate(self, one: Wanted) -> Candidate:

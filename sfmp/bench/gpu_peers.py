@@ -107,15 +107,23 @@ def _triton(rows, columns, x, bits, settings):
     return _candidate(f"triton {bits}", "triton", products, size, expected, x, "dequantize", bits)
 
 
-def _gemlite(rows, columns, x, bits, settings):
-    """gemlite's linear layer, with its choices for an H100 where it has none for this device."""
+@functools.cache
+def _set_up_gemlite(autotune):
+    """Give gemlite its choices for an H100 on devices like it: by name it knows no other."""
     import gemlite
-    from gemlite.core import DType, GemLiteLinear
 
     known = Path(gemlite.__file__).parent / "configs" / "h100.json"
     if known.is_file() and torch.cuda.get_device_capability()[0] == 9:
         gemlite.load_config(str(known))
-    gemlite.set_autotune(settings.autotune)
+    if autotune != "fast":  # its default; setting it loads all its kernels anew
+        gemlite.set_autotune(autotune)
+
+
+def _gemlite(rows, columns, x, bits, settings):
+    """gemlite's linear layer; shapes it has no choice for are tuned at the first product."""
+    from gemlite.core import DType, GemLiteLinear
+
+    _set_up_gemlite(settings.autotune)
     size = _quantized_bytes(rows, columns, bits)
     codes, scales, zeros, expected = _codes(rows, columns, bits, x)
     layer = GemLiteLinear(bits, group_size=GROUP_SIZE, in_features=columns, out_features=rows, input_dtype=DType.FP16,

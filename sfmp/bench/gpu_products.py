@@ -67,7 +67,7 @@ class DeviceCopies:
 
         structure = self._weights[0].structure
         if self._way == "dequantize":
-            return "fused"
+            return "own kernel"
         plan = LAYOUTS[structure.mode][1].plan(structure.layout, len(x), name_of(x.dtype), **options)
         return "own kernel" if any(launch.make is mma_gather.make_arrange for launch in plan.launches) else "fused"
 

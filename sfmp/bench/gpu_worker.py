@@ -6,6 +6,7 @@ that asked knows what to leave out. The last line for a part is its result.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -30,6 +31,8 @@ def run_part(part: dict, settings, tell) -> dict:
     from sfmp.bench import gpu_parts, gpu_prebuild, gpu_timing
 
     name = part["part"]
+    if settings.device == "cuda":
+        _free_memory()
     if name == "ceilings":
         return gpu_parts.ceilings(settings, tell)
     if name == "compile":
@@ -43,6 +46,14 @@ def run_part(part: dict, settings, tell) -> dict:
     tell(f"{name}: timing")
     found = {"rows": gpu_timing.measure(attempts.prepared, settings.rounds), "absent": attempts.absent}
     return {**found, "failed": attempts.failed} if attempts.failed else found
+
+
+def _free_memory():
+    """Give the device back what the last part had: its graphs and weights are in reference cycles."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 class Attempts:
