@@ -53,7 +53,7 @@ class FusedLinear(SFMPLinear):
     """An SFMPLinear that takes its outputs from a `Joint` where it can."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = None if is_compiling() else self._joint.take(self, x)
+        y = self._joint.traced(self, x) if is_compiling() else self._joint.take(self, x)
         return super().forward(x) if y is None else y
 
 
@@ -69,6 +69,7 @@ class Joint:
         self.members = tuple(members)
         self._cache: dict = {}
         self._local = threading.local()
+        self._traced: tuple | None = None  # what `_local.shared` is, while a compiler follows the forward
 
     def __getstate__(self):
         return {"members": self.members}
@@ -78,11 +79,13 @@ class Joint:
 
     def open(self, module, args):
         """Before the parent runs: from now on layers may share. A forward pre-hook."""
+        self._traced = () if is_compiling() else None
         if not is_compiling():
             self._local.shared = {}
 
     def close(self, module, args, output):
         """After the parent ran or failed: nothing is kept. A forward hook that is always called."""
+        self._traced = None
         if not is_compiling():
             self._local.shared = None
 
@@ -104,6 +107,28 @@ class Joint:
         if shared["x"] is not x or shared["asked"] != asked:
             return None
         return shared["parts"].pop(member, None)
+
+    def traced(self, member: FusedLinear, x: torch.Tensor) -> torch.Tensor | None:
+        """`take` for a compiler, which follows Python once: without what it cannot follow.
+
+        The product is the one of a call before compilation; what changed since is not noticed, as for any SFMPLinear,
+        nor is a change of activations in place between two siblings.
+        """
+        shared, product = self._traced, self._cache.get("product")
+        if shared is None or product is None or (product.backend, product.mode) != (member.backend, member.mode):
+            return None
+        if not shared:
+            if not self._agrees(member):
+                return None
+            self._traced = shared = x, product(x)
+        if shared[0] is not x:
+            return None
+        first = 0
+        for other in self.members:
+            if other is member:
+                break
+            first += other.out_features
+        return shared[1][..., first : first + member.out_features].contiguous()
 
     def _agrees(self, member) -> bool:
         """Whether the product of all is what each of them would compute."""

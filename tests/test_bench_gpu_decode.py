@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Mistra
 
 from kernels_numba.cpu import layout, targets
 from sfmp import SfmpError, fuse
-from sfmp.bench import decode_models, gpu_decode
+from sfmp.bench import decode_models, decode_worker, gpu_decode
 from sfmp.bench.decode import weight_bytes
 from sfmp.bench.random_model import quantize_randomly, random_network
 from sfmp.bench.static_decode import StaticDecoder
@@ -152,6 +152,34 @@ def test_a_step_on_a_device_stays_there():
         assert not any("_local_scalar_dense" in name or "lift_fresh" in name for name, _ in seen)
 
 
+@pytest.mark.cpu
+@pytest.mark.skipif(targets.detect()[0] is None, reason=targets.detect()[1])
+def test_compiled_steps_say_the_same():
+    model = quantize_randomly(random_network(TINY), 4.0, 32, 32, shared_columns=True)
+    fuse.fuse(model)
+    torch._dynamo.reset()
+    decoder = StaticDecoder(model, 6, TOKENS)
+    decoder.start(_prompt(5))
+    decoder.run(2, graph=False)  # merges and repacks
+    decoder = StaticDecoder(model, 6, TOKENS, compiled=torch.compile(model, backend="eager", fullgraph=True))
+    for length in (5, 3):
+        prompt = _prompt(length, length)
+        decoder.start(prompt)
+        with torch._dynamo.config.patch(error_on_recompile=length == 3):  # whatever the position
+            decoder.run(TOKENS - 1, graph=False)
+        assert torch.equal(decoder.tokens(), _generated(model, prompt)), length
+    torch._dynamo.reset()
+
+
+def test_what_is_compiled():
+    settings = {"device": "cuda", "bpw": [2.5, 3.0], "modes": ["mma", "lut"], "compile": [3.0]}
+    compiled = [candidate.name for candidate in decode_models.candidates(None, [2.5, 3.0], ["mma", "lut"], "cuda")
+                if "compiled" in decode_worker.ways(candidate, settings)]
+    assert compiled == ["torch fp16", "sfmp mma 3 bpw fused"]
+    assert decode_worker.ways(decode_models.Candidate("torch fp16", None, False, None), {**settings, "compile": []}
+                              ) == ["eager", "graph"]
+
+
 def test_caches_that_count_in_python_are_refused():
     config = MistralConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                            num_key_value_heads=2, vocab_size=64, sliding_window=16)
@@ -232,7 +260,7 @@ def test_the_command_writes_rows_and_what_failed(tmp_path, capsys):
     assert [(row["weights"], row["bpw"], row["fused"]) for row in part["rows"]] == [
         ("torch fp16", None, False), ("sfmp lut16", 3.0, False), ("sfmp lut16", 3.0, True)]
     for row in part["rows"]:
-        assert row["random"] is True and row["graph"] is False and row["peak_bytes"] is None
+        assert (row["random"], row["graph"], row["compiled"], row["peak_bytes"]) == (True, False, False, None)
         assert row["layers"] == row["full_layers"] == 2 and len(row["seconds_per_token"]) == 2
         middle = sum(row["seconds_per_token"]) / 2
         assert row["tokens_per_second"] * middle == pytest.approx(1)
@@ -285,7 +313,7 @@ def test_weights_that_break_the_process_are_left_out(monkeypatch, tmp_path):
 
 def test_a_process_that_dies_says_what_it_tried():
     part = {"part": "decode", "model": "no such model", "layers": 1, "skip": {}}
-    result, trying = gpu_decode._in_a_process(part, {"device": "cpu", **gpu_decode.QUICK})
+    result, trying = gpu_decode._in_a_process(part, {"device": "cpu", "compile": [], **gpu_decode.QUICK})
     assert "KeyError: 'no such model'" in result["failed"] and trying == ""
 
 
@@ -293,12 +321,17 @@ def test_a_process_that_dies_says_what_it_tried():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("mode", [None, "mma", "lut"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_captured_graph_says_what_eager_steps_say(mode, fused):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_captured_graph_says_what_its_steps_say(mode, fused, compiled):
     if mode is None and fused:
         pytest.skip("nothing to fuse")
     dense = random_network(TINY, torch.float16, device="cuda")
     model = dense if mode is None else decode_models.packed_model(dense, 3.0, "cuda", mode, fused)
     decoder = StaticDecoder(model, 12, TOKENS)
+    decoder.start(_prompt(5).cuda())
+    decoder.run(2, graph=False)
+    if compiled:
+        decoder = StaticDecoder(model, 12, TOKENS, compiled=torch.compile(model))
     decoder.start(_prompt(5).cuda())
     decoder.run(2, graph=False)
     decoder.start(_prompt(5).cuda())

@@ -335,14 +335,39 @@ def test_a_checkpoint_of_a_fused_model_is_the_model(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_models_compute_the_same(tiny_llama, backend):
+def test_compiled_models_compute_the_same_in_as_few_products(tiny_llama, backend):
     model, prompt = _quantized(tiny_llama, backend=backend), torch.arange(3, 11)[None]
-    with torch.no_grad():
-        model(prompt)  # repacks
     assert fuse.fuse(model).fused
+    products = []
+
+    def counting(graph, inputs):
+        products.extend(node for node in graph.graph.nodes if "cpu_linear" in str(node.target))
+        return graph.forward
+
     torch._dynamo.reset()
     with torch.no_grad():
-        expected = model(prompt).logits
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=backend == "cpu")
+        expected = model(prompt).logits  # merges and repacks
+        compiled = torch.compile(model, backend=counting, fullgraph=backend == "cpu")
         assert torch.allclose(compiled(prompt, use_cache=False).logits, expected, atol=1e-5)
+        assert len(products) == (2 * (1 + 1 + 2 + 1) if backend == "cpu" else 0)
+        assert all(not joint._traced for joint in _joints(model))
+        assert torch.allclose(model(prompt).logits, expected, atol=1e-5), "and without the compiler again"
+    torch._dynamo.reset()
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(targets.detect()[0] is None, reason=targets.detect()[1])
+def test_compilers_give_no_layer_what_is_anothers():
+    parent = _parent(lambda parent, x: (parent.q_proj(x), parent.k_proj(x * 2), parent.v_proj(x), parent.q_proj(x)))
+    x = _x(2, 64).float()
+    for layer in parent.children():
+        layer.backend = "cpu"
+        with torch.no_grad():
+            _plain(parent, "k_proj", layer(x)[:, :1].repeat(1, 64))  # a first product each
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = parent(x)
+        found = torch.compile(parent, backend="eager")(x)
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(found[1], _plain(parent, "k_proj", x * 2)) and torch.equal(found[3], found[0])
     torch._dynamo.reset()

@@ -37,7 +37,7 @@ class Ready:
     ----------
     candidate : Candidate
     decoder : StaticDecoder
-    graph : bool
+    graph, compiled : bool
     weight_bytes : int, read by a step
     peak_bytes : int or None
         Most memory of the device that the model would have taken alone.
@@ -46,6 +46,7 @@ class Ready:
     candidate: Candidate
     decoder: StaticDecoder
     graph: bool
+    compiled: bool
     weight_bytes: int
     peak_bytes: int | None
 
@@ -58,7 +59,7 @@ def measure_model(part: dict, settings: dict, tell: Callable[[str], None]) -> di
     part : dict
         model, a name of `MODELS`; layers; skip {weights: why} of candidates to leave out.
     settings : dict
-        device, bpw, modes, prompt_tokens, new_tokens, eager_tokens, rounds.
+        device, bpw, modes, compile, prompt_tokens, new_tokens, eager_tokens, rounds.
     tell : function that is given the weights that are tried next
 
     Returns
@@ -88,25 +89,45 @@ def prepare(part: dict, settings: dict, tell: Callable[[str], None]) -> tuple[li
             absent[candidate.name] = part["skip"][candidate.weights]
             continue
         tell(candidate.weights)
-        name = f"{candidate.name} eager"
-        try:
-            network = candidate.make()
-            shared = 0 if network is dense else shared_bytes(network, dense)
-            decoder = StaticDecoder(network, settings["prompt_tokens"], BEFORE + max(settings["new_tokens"],
-                                                                                    settings["eager_tokens"]))
-            prompt, read = _prompt(decoder, settings), weight_bytes(network)
-            decoder.start(prompt)
-            decoder.run(BEFORE, graph=False)
-            ready.append(Ready(candidate, decoder, False, read, meter.peak(shared)))
-            if device == "cuda":
-                name = f"{candidate.name} graph"
-                decoder.start(prompt)
-                decoder.capture()
-                ready.append(Ready(candidate, decoder, True, read, meter.peak(shared)))
-        except Exception as error:  # a compiler, the driver, transformers: whatever it raises, others are measured
-            absent[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+        decoder = None
+        for way in ways(candidate, settings):
+            try:
+                decoder = _let_decode(candidate, way, decoder, settings)
+                shared = 0 if decoder.network is dense else shared_bytes(decoder.network, dense)
+                ready.append(Ready(candidate, decoder, decoder.replay is not None, way == "compiled",
+                                   weight_bytes(decoder.network), meter.peak(shared)))
+            except Exception as error:  # a compiler, the driver, transformers: whatever it raises, others are measured
+                absent[f"{candidate.name} {way}"] = (f"{type(error).__name__}: "
+                                                     f"{(str(error).splitlines() or [''])[0][:300]}")
+                break
         meter = _Meter(device)  # raises after a bad access: nothing runs in this process any more
     return ready, absent
+
+
+def ways(candidate: Candidate, settings: dict) -> list[str]:
+    """"eager", "graph" on a CUDA device, and "compiled" for torch and fused matrices of what settings["compile"] says.
+
+    Compiled by torch, norms, positions and activation functions are few kernels: what a fast product leaves to do.
+    """
+    found = ["eager", "graph"] if settings["device"] == "cuda" else ["eager"]
+    chosen = candidate.fused and candidate.bpw in settings["compile"] and candidate.weights.endswith(
+        settings["modes"][0])
+    return [*found, "compiled"] if settings["compile"] and (candidate.bpw is None or chosen) else found
+
+
+def _let_decode(candidate, way, decoder, settings) -> StaticDecoder:
+    """The decoder of the way before, or of its network, after it decoded in this way too; with a graph on a device."""
+    if way != "graph":
+        network = candidate.make() if decoder is None else decoder.network
+        new_tokens = BEFORE + max(settings["new_tokens"], settings["eager_tokens"])
+        decoder = StaticDecoder(network, settings["prompt_tokens"], new_tokens,
+                                compiled=torch.compile(network) if way == "compiled" else None)
+        decoder.start(_prompt(decoder, settings))
+        decoder.run(BEFORE, graph=False)
+    if way != "eager" and settings["device"] == "cuda":
+        decoder.start(_prompt(decoder, settings))
+        decoder.capture()
+    return decoder
 
 
 class _Meter:
@@ -137,8 +158,9 @@ def measure(ready: list[Ready], settings: dict, facts: dict, tell: Callable[[str
     Returns
     -------
     list of dict
-        One row per candidate: name, weights, bpw, fused, graph, `facts`, tokens (of a sample), tokens_per_second
-        (from the median), seconds_per_token (samples), gigabytes_per_second, weight_bytes, peak_bytes.
+        One row per candidate: name, weights, bpw, fused, graph, compiled, `facts`, tokens (of a sample),
+        tokens_per_second (from the median), seconds_per_token (samples), gigabytes_per_second, weight_bytes,
+        peak_bytes.
     """
     order, samples = random.Random(seed), [[] for _ in ready]
     tokens = [settings["new_tokens" if one.graph or settings["device"] == "cpu" else "eager_tokens"] for one in ready]
@@ -151,7 +173,7 @@ def measure(ready: list[Ready], settings: dict, facts: dict, tell: Callable[[str
         median = statistics.median(seconds)
         rows.append({
             "name": one.candidate.name, "weights": one.candidate.weights, "bpw": one.candidate.bpw,
-            "fused": one.candidate.fused, "graph": one.graph, **facts, "tokens": count,
+            "fused": one.candidate.fused, "graph": one.graph, "compiled": one.compiled, **facts, "tokens": count,
             "tokens_per_second": 1 / median, "seconds_per_token": seconds,
             "gigabytes_per_second": one.weight_bytes / 1e9 / median, "weight_bytes": one.weight_bytes,
             "peak_bytes": one.peak_bytes})

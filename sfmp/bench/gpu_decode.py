@@ -22,6 +22,7 @@ from sfmp.checks import SfmpError, integer
 
 BPW = (2.5, 3.0, 4.0)
 MODES = {"cuda": ("mma", "lut"), "cpu": ("lut16",)}
+COMPILE = {"cuda": (3.0,), "cpu": ()}
 SIZES = {"prompt_tokens": 32, "new_tokens": 64, "eager_tokens": 8, "rounds": 7}
 QUICK = {"prompt_tokens": 8, "new_tokens": 8, "eager_tokens": 4, "rounds": 2}
 SESSION_SECONDS, PART_SECONDS = 480, 400
@@ -34,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=None, help="names of sfmp.bench.decode_models.MODELS")
     parser.add_argument("--bpw", nargs="+", type=float, default=list(BPW), help="bits per weight, scales included")
     parser.add_argument("--modes", nargs="+", default=None, help="of our kernels; on a GPU mma and lut")
+    parser.add_argument("--compile", nargs="*", type=float, default=None, metavar="BPW",
+                        help="bits per weight, 3 if there is a GPU, at which torch.compile fuses what is between "
+                        "products, in torch's float16 too; nothing after it: nowhere")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=None,
                         help="cuda where there is one; cpu only shows that the command works")
     parser.add_argument("--layers", type=int, default=None, help="decoder layers of every model")
@@ -81,6 +85,7 @@ def session(options: argparse.Namespace) -> tuple[list[dict], dict]:
     chosen = [{"part": "decode", "model": name, "layers": options.layers or LAYERS.get(
         name, MODELS[name]["num_hidden_layers"])} for name in models]
     return chosen, {"device": device, "bpw": options.bpw, "modes": options.modes or list(MODES[device]),
+                    "compile": list(COMPILE[device]) if options.compile is None else options.compile,
                     **(QUICK if options.quick else SIZES)}
 
 
@@ -134,15 +139,15 @@ def measure(chosen: list[dict], settings: dict, path: Path, limit: float = SESSI
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """One line for each row: tokens per second, GB/s, peak memory, times torch float16 (under a graph, if any is)."""
-    graphs = any(row["graph"] for row in rows)
-    dense = [row["tokens_per_second"] for row in rows if row["weights"] == "torch fp16" and row["graph"] == graphs]
+    """One line for each row: tokens per second, GB/s, peak memory, times the fastest of torch in float16."""
+    dense = [row["tokens_per_second"] for row in rows if row["weights"] == "torch fp16"]
     lines = []
     for row in rows:
-        words = [f"{row['name']:<26}", "graph" if row["graph"] else "eager",
+        way = ("graph" if row["graph"] else "eager") + (", compiled" if row["compiled"] else "")
+        words = [f"{row['name']:<26}", f"{way:<15}",
                  f"{row['tokens_per_second']:8.1f} tokens/s", f"{row['gigabytes_per_second']:7.0f} GB/s"]
         words += [f"{row['peak_bytes'] / 1e9:6.1f} GB"] if row["peak_bytes"] else []
-        words += [f"{row['tokens_per_second'] / dense[0]:5.2f} x fp16"] if dense else []
+        words += [f"{row['tokens_per_second'] / max(dense):5.2f} x fp16"] if dense else []
         lines.append("  ".join(words))
     return lines
 

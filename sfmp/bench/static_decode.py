@@ -28,11 +28,13 @@ class StaticDecoder:
     prompt_tokens, new_tokens : int
         The most that will be asked for.
     batch : int
+    compiled : callable, optional
+        The network as ``torch.compile`` gives it, for steps; prompts are read without.
     """
 
-    def __init__(self, network: nn.Module, prompt_tokens: int, new_tokens: int, batch: int = 1):
+    def __init__(self, network: nn.Module, prompt_tokens: int, new_tokens: int, batch: int = 1, compiled=None):
         steps = max(new_tokens, WARM_STEPS)
-        self.network = network
+        self.network, self._stepping = network, network if compiled is None else compiled
         self.cache = StaticCache(config=network.config, max_cache_len=prompt_tokens + steps)
         if any(type(layer) is not StaticLayer for layer in self.cache.layers):
             kinds = sorted({type(layer).__name__ for layer in self.cache.layers})
@@ -48,15 +50,15 @@ class StaticDecoder:
         """Forget what was before, read a prompt, int64 [batch, tokens], and choose the token after it; no graph."""
         self.cache.reset()
         self.count.zero_()
-        self._read(prompt)
+        self._read(self.network, prompt)
 
     def step(self) -> None:
         """Read the token that was chosen last and choose the next; the same work at any position."""
-        self._read(self.token)
+        self._read(self._stepping, self.token)
 
     @torch.no_grad()
-    def _read(self, ids):
-        logits = self.network(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+    def _read(self, network, ids):
+        logits = network(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
         self.token.copy_(logits[:, -1].argmax(dim=-1, keepdim=True))
         self.history.index_copy_(1, self.count, self.token)
         self.count.add_(1)
