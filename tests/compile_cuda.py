@@ -8,7 +8,9 @@ import json
 import sys
 from types import SimpleNamespace
 
-from kernels_numba.gpu import lut, mma
+from cases import packed_case
+
+from kernels_numba.gpu import dequantize_run, launches, lut, mma_layout, mma_run
 
 from numba import cuda, types  # isort: skip
 from numba.cuda import dispatcher  # isort: skip
@@ -23,13 +25,19 @@ def request(name, kind, options):
     x = floats if kind == "float32" else halves
     if name == "lut":
         return lut.make_kernel(kind=kind, **options), types.void(words, words, *[ints] * 7, x, floats, *SIZES)
-    if name == "mma":
-        options["widths"] = tuple(options["widths"])
-        return mma.make_kernel(kind=kind, **options), types.void(
-            words, words, *[ints] * 8, halves, floats, floats, floats, x, *SIZES)
-    if name == "arrange":
-        return mma.make_arrange(kind, **options), types.void(x, ints, halves, floats, floats, *SIZES[:2])
+    if name in ("mma", "dequantize"):
+        launch = plan(name, kind, **options).launches[options.get("launch", -1)]
+        return launch.make(*launch.options), launches.signature(launch.types)
     return lut.make_sum(kind), types.void(floats, ints, floats, x, *SIZES, types.int32)
+
+
+def plan(name, kind, levels, group_size, tokens=1, launch=-1, **options):
+    """A plan of a small matrix with blocks of all levels."""
+    packed = packed_case(0, rows=32 * len(levels), cols=8 * group_size, block_rows=32, group_size=group_size,
+                         levels=levels)
+    layout = mma_layout.make_layout(packed)
+    assert layout.widths == tuple(levels)
+    return mma_run.plan(layout, tokens, kind, **options) if name == "mma" else dequantize_run.plan(layout, kind)
 
 
 if __name__ == "__main__":

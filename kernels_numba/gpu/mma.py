@@ -44,7 +44,6 @@ from kernels_numba.gpu.primitives import (
 
 KINDS = ("float16", "bfloat16")  # float32 activations would lose half of their digits
 TOKENS = 8  # of a tensor-core tile
-MOST_TOKENS = 32
 FUSED_TOKENS = 8
 MANY_WARPS, FEW_WARPS = 16, 8  # that run together on a processor: how many registers a lane may have
 WAITS = {2: copy_wait_1, 3: copy_wait_2, 4: copy_wait_3}  # by stages: until the oldest is there
@@ -52,9 +51,15 @@ WAITS = {2: copy_wait_1, 3: copy_wait_2, 4: copy_wait_3}  # by stages: until the
 INT, U, L, F = types.int32, types.uint32, types.int64, types.float32
 
 
-def resident_warps(widths: tuple[int, ...], tokens: int) -> int:
-    """Warps of a processor that have room for their registers."""
-    return MANY_WARPS if tokens <= 16 and max(widths) <= 4 else FEW_WARPS
+def resident_warps(widths: tuple[int, ...], tokens: int, kind: str, segment: int) -> int:
+    """Warps of a processor that have room for their registers: 128 each without spills, or 255."""
+    few_sums = tokens <= 8 or (tokens <= 16 and segment == 128 and kind == "float16")
+    return MANY_WARPS if few_sums and max(widths) <= 4 else FEW_WARPS
+
+
+def most_tokens(widths: tuple[int, ...]) -> int:
+    """Most tokens of one launch: as many as have room for their sums, which are two sets beyond 4 bits."""
+    return 32 if max(widths) <= 4 else 16
 
 
 def stage_bytes(widths: tuple[int, ...], segment: int) -> int:
@@ -243,7 +248,7 @@ def make_fused(widths: tuple[int, ...], tokens: int, kind: str, segment: int, wa
     """
     multiply = body(widths, tokens, kind, segment, warps, stages, True)
 
-    @kernel(32 * warps, max(1, resident_warps(widths, tokens) // warps))
+    @kernel(32 * warps, max(1, resident_warps(widths, tokens, kind, segment) // warps))
     def mma(units, scales, tiles, segments, strip_chunk, strip_record, rows, columns, x, bias, y, out_features,
             in_features, length, table_tiles, most_strips, count):
         memory = cuda.shared.array(0, U)
@@ -261,7 +266,7 @@ def make_kernel(widths: tuple[int, ...], tokens: int, kind: str, segment: int, w
     """
     multiply = body(widths, tokens, kind, segment, warps, stages, False)
 
-    @kernel(32 * warps, max(1, resident_warps(widths, tokens) // warps))
+    @kernel(32 * warps, max(1, resident_warps(widths, tokens, kind, segment) // warps))
     def mma(units, scales, tiles, segments, strip_chunk, strip_record, rows, arranged, totals, factors, bias, y,
             out_features, length, table_tiles, most_strips, count):
         memory = cuda.shared.array(0, U)

@@ -129,8 +129,8 @@ def gatherer(kind: str, tokens: int, segment: int, warps: int):
     """Device function that gathers all activations of 1, 2, 4 or 8 tokens into shared memory, by a block of warps.
 
     Its caller gives the address of `shared_bytes`, a multiple of 16, and room for 16 numbers of a lane twice, and waits
-    for all warps. Returns shared addresses: float16 [tokens][`row_bytes`], totals and units as of `make_arrange`. Where there are
-    fewer tokens the last one stands for those that are missing.
+    for all warps. Returns shared addresses: float16 [tokens][`row_bytes`], totals and units as of `make_arrange`. Where
+    there are fewer tokens the last one stands for those that are missing.
     """
     pack, lanes, per_part = packer(kind, segment), segment // 4, 128 // segment
     scaled = kind == "bfloat16"

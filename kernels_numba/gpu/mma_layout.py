@@ -115,7 +115,8 @@ def make_layout(packed) -> MmaLayout:
     return MmaLayout(
         np.concatenate(units), np.concatenate(scales), table.ravel(), numbers.ravel(), columns, tiles.first,
         np.repeat(np.arange(len(counts), dtype=np.int32), np.diff(strips)), _starts(chunks), _starts(records),
-        natural, tiles.segment, length, most, int(strips[1]), tuple(np.unique(tiles.bits).tolist()), tuple(packed.shape))
+        natural, tiles.segment, length, most, int(strips[1]), tuple(np.unique(tiles.bits).tolist()),
+        tuple(packed.shape))
 
 
 def unit_words(codes: np.ndarray, width: int) -> np.ndarray:

@@ -23,7 +23,7 @@ def layout_arrays(layout: MmaLayout) -> dict[str, np.ndarray]:
     return {name: getattr(layout, name) for name in (*ARRAYS, "columns")}
 
 
-def choose_warps(layout: MmaLayout, tokens: int) -> int:
+def choose_warps(layout: MmaLayout, tokens: int, kind: str) -> int:
     """Warps of a block: 16 where strips are few and tiles of a strip are many, 8 elsewhere.
 
     A processor holds 16 warps of this kernel, or 8 if they need more registers. With one strip or none for each of some
@@ -32,7 +32,14 @@ def choose_warps(layout: MmaLayout, tokens: int) -> int:
     from kernels_numba.gpu import mma
 
     few = len(layout.strip_chunk) < FEW_STRIPS and np.diff(layout.block_tiles).max() >= 2 * MANY_WARPS
-    return min(mma.resident_warps(layout.widths, tokens), MANY_WARPS if few else WARPS)
+    return min(mma.resident_warps(layout.widths, tokens, kind, layout.segment), MANY_WARPS if few else WARPS)
+
+
+def choose_stages(layout: MmaLayout, tokens: int, kind: str) -> int:
+    """Units that a warp has asked for ahead: 2, but 4 where only half as many warps run together."""
+    from kernels_numba.gpu import mma
+
+    return 2 if mma.resident_warps(layout.widths, tokens, kind, layout.segment) == mma.MANY_WARPS else 4
 
 
 def kernel_tokens(tokens: int, gather: str) -> int:
@@ -59,9 +66,9 @@ def shared_bytes(layout: MmaLayout, tokens: int, kind: str, warps: int, stages: 
     return size
 
 
-def plan(layout: MmaLayout, tokens: int, kind: str, *, warps: int | None = None, stages: int = 2,
-         gather: str | None = None) -> Plan:
-    """Return the launches of y = x Wᵀ + bias, at most 32 tokens each.
+def plan(layout: MmaLayout, tokens: int, kind: str, *, warps: int | None = None,
+         stages: int | None = None, gather: str | None = None) -> Plan:
+    """Return the launches of y = x Wᵀ + bias, at most `mma.most_tokens` tokens each.
 
     Launches may need more than 48 KB of shared memory, which the driver gives on request only.
 
@@ -73,8 +80,8 @@ def plan(layout: MmaLayout, tokens: int, kind: str, *, warps: int | None = None,
         Of x [tokens, K] and y [tokens, N], whose bits are arrays of uint16; bias is float32 [N].
     warps : int, optional
         Of a block, `choose_warps`. The result depends on it by rounding.
-    stages : {2, 3, 4}
-        Units that a warp has asked for ahead.
+    stages : {2, 3, 4}, optional
+        Units that a warp has asked for ahead, `choose_stages`.
     gather : {"fused", "unfused"}, optional
         Whether every strip gathers the activations, which at most 8 tokens can, or a kernel of its own does. "fused"
         for 1 or 2 tokens that fit `MOST_BYTES`: each strip loads every activation one by one, which is little beside
@@ -85,7 +92,7 @@ def plan(layout: MmaLayout, tokens: int, kind: str, *, warps: int | None = None,
     SfmpError
         Activations that do not fit shared memory, or an option that does not exist.
     """
-    warps = warps or choose_warps(layout, tokens)
+    warps, stages = warps or choose_warps(layout, tokens, kind), stages or choose_stages(layout, tokens, kind)
     if gather is None:
         fits = tokens <= FUSED_TOKENS and shared_bytes(layout, tokens, kind, warps, stages, "fused") <= MOST_BYTES
         gather = "fused" if fits else "unfused"
@@ -114,13 +121,14 @@ def _unfused(layout, tokens, kind, warps, stages):
     from kernels_numba.gpu import mma, mma_gather
 
     (out_features, in_features), length = layout.shape, len(layout.columns)
-    room = min(tokens, mma.MOST_TOKENS)
+    most = mma.most_tokens(layout.widths)
+    room = min(tokens, most)
     sums = room * length // layout.segment
     scratch = {"arranged": (room * length // 2, "u"), "totals": (sums, "f"), "factors": (sums, "f")}
     blocks = -(-length // (128 * mma_gather.ARRANGE_WARPS))
     launches = []
-    for first in range(0, tokens, mma.MOST_TOKENS):
-        count = min(mma.MOST_TOKENS, tokens - first)
+    for first in range(0, tokens, most):
+        count = min(most, tokens - first)
         options = (layout.widths, kernel_tokens(count, "unfused"), kind, layout.segment, warps, stages)
         arguments = (*ARRAYS, *scratch, "bias", ("y", first * out_features), out_features, length, layout.table_tiles,
                      layout.most_strips, count)
