@@ -60,9 +60,12 @@ def test_a_candidate_that_ends_the_process_is_left_out_and_the_part_measured_aga
 
 
 def test_a_part_whose_end_has_no_remedy_fails():
-    worker = Breaking(["accuracy mma"])
-    worker.run = lambda part, seconds: {"failed": "gone", "broke": "accuracy mma"}
-    assert kernels._measured(worker, {"part": "accuracy"}, {"ceilings": None}) == {"failed": "gone"}
+    worker, numbers = Breaking([]), iter(range(100))
+    worker.run = lambda part, seconds: {"failed": "gone", "broke": f"compile: {next(numbers)}"}
+    assert kernels._measured(worker, {"part": "compile"}, {"ceilings": None}) == {"failed": "gone"}
+    assert next(numbers) == 1, "there is nothing to leave out"
+    worker.run = lambda part, seconds: {"failed": f"gone {next(numbers)}", "broke": "product: timing"}
+    assert kernels._measured(worker, {"part": "product"}, {"ceilings": None}) == {"failed": "gone 3"}
     worker.run = lambda part, seconds: {"failed": "gone", "broke": None}
     assert kernels._measured(worker, {"part": "accuracy"}, {"ceilings": None}) == {"failed": "gone"}
     names = iter("abcdefghijk")

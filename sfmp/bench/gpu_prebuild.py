@@ -37,7 +37,8 @@ def build(parts: list[dict], settings, tell: Callable[[str], None]) -> dict:
     tell("compile")
     start = time.perf_counter()
     with ProcessPoolExecutor(min(MOST_PROCESSES, multiprocessing.cpu_count()),
-                             multiprocessing.get_context("spawn")) as pool:
+                             multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+                             ) as pool:
         count, failed = compile_all(tasks(parts, settings.device), torch.cuda.get_device_capability(), pool, tell)
     return {"compiled": {"kernels": count, "seconds": round(time.perf_counter() - start, 1), "failed": failed}}
 

@@ -28,6 +28,7 @@ CPU_SHAPES, CPU_BATCHES = ((256, 512),), (1, 4)
 ROUNDS, QUICK_ROUNDS = 31, 5
 CPU_ROTATION, CPU_SAMPLE_US = 1 << 18, 50.0
 SESSION_SECONDS, PART_SECONDS = 480, 240
+WITH_CANDIDATES = ("product", "batch", "width")  # parts that can be measured without one of them
 TRIES = 8  # candidates of one part that may break it
 WHOLE_FAMILIES = ("gemlite", "triton")  # left out altogether once one of their candidates broke a part
 PACKAGES = ("numba-cuda", "cuda-bindings", "cuda-core", "triton", "gemlite")
@@ -150,7 +151,7 @@ def _measured(worker, part, found):
     for _ in range(TRIES):
         result = worker.run({**part, "copy_gbps": copy_gbps, "skip": skip}, PART_SECONDS)
         name = result.pop("broke", None)
-        if name is None or name in skip:
+        if name is None or name in skip or part["part"] not in WITH_CANDIDATES:
             return result
         family = name.split()[0]
         skip[family if family in WHOLE_FAMILIES else name] = f"broke the process: {result['failed']}"
