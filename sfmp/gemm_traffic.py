@@ -67,10 +67,11 @@ def _checkpoint(packed):
     return {"planes": planes, "scales": scales, "metadata": packed.nbytes - planes - scales}
 
 
-def _metadata(layout, weights):
-    """Bytes of all arrays of a layout but its weights and scales."""
-    return sum(array.nbytes for name, array in vars(layout).items()
-               if isinstance(array, np.ndarray) and name not in (weights, "scales"))
+def _metadata(plan, arrays):
+    """Bytes of all arrays of a matrix that launches name, but its weights and scales."""
+    named = {argument if isinstance(argument, str) else argument[0] for launch in plan.launches
+             for argument in launch.arguments if not isinstance(argument, int)}
+    return sum(array.nbytes for name, array in arrays.items() if name in named - {"lines", "units", "scales"})
 
 
 def _lut(packed):
@@ -87,8 +88,9 @@ def _lut(packed):
     bytes_ = layout.lines.nbytes
     strip_tiles = int((np.diff(layout.block_strips) * tiles).sum())
     partial = 4 * plan.scratch["partial"][0]
-    return {"planes": bytes_, "scales": layout.scales.nbytes, "metadata": _metadata(layout, "lines") + panels.nbytes,
-            **_ends(packed.shape), "partial_sums": 2 * partial, "table_bytes": built * ENTRIES[width] * LANES * 4,
+    return {"planes": bytes_, "scales": layout.scales.nbytes,
+            "metadata": _metadata(plan, lut_run.layout_arrays(layout)), **_ends(packed.shape),
+            "partial_sums": 2 * partial, "table_bytes": built * ENTRIES[width] * LANES * 4,
             "activation_reads": built * LANES * 8 * HALF, "lookups": bytes_,
             "additions": strip_tiles * LANES * LANE_SUMS + built * ENTRIES[width] * LANES,
             "multiply_adds": bytes_ + layout.scales.nbytes // 4}
@@ -96,14 +98,16 @@ def _lut(packed):
 
 def _mma(packed):
     """Codes become float16 for tensor cores, which multiply 8 tokens whether there are 8 or one."""
-    from kernels_numba.gpu import mma_layout
+    from kernels_numba.gpu import mma_layout, mma_run
     from kernels_numba.gpu.mma_layout import UNIT_COLUMNS, UNIT_ROWS
 
     layout = mma_layout.make_layout(packed)
+    plan = mma_run.plan(layout, 1, "float16")
     units = int(np.diff(layout.block_tiles)[layout.strip_block].sum())
     weights = units * UNIT_ROWS * UNIT_COLUMNS
-    return {"planes": layout.units.nbytes, "scales": layout.scales.nbytes, "metadata": _metadata(layout, "units"),
-            **_ends(packed.shape), "activation_reads": units * UNIT_COLUMNS * HALF,
+    return {"planes": layout.units.nbytes, "scales": layout.scales.nbytes,
+            "metadata": _metadata(plan, mma_run.layout_arrays(layout)), **_ends(packed.shape),
+            "activation_reads": units * UNIT_COLUMNS * HALF,
             "multiply_adds": 2 * layout.scales.nbytes // 4, "unpacked_codes": weights,
             "tensor_multiply_adds": 8 * weights}
 

@@ -1,6 +1,6 @@
 """What compilers make of the GPU kernels: facts that need no GPU. Registers, spills, 128-bit loads, tensor-core steps.
 
-A process for each capability (``python -m sfmp.gpu_code MAJOR MINOR``), because Numba keeps what it compiled of device
+A process for each capability (``python -m sfmp.gpu_code REQUEST``), because Numba keeps what it compiled of device
 functions for the first capability it compiled for.
 """
 
@@ -26,8 +26,13 @@ _MMA = re.compile(r"\bmma\.sync\.")
 _REGISTERS, _FRAME = 0x2F, 0x11  # attributes of .nv.info: registers and bytes of stack of a function
 
 
-def facts(capabilities=CAPABILITIES) -> pd.DataFrame:
+def facts(capabilities=CAPABILITIES, kernels=KERNELS) -> pd.DataFrame:
     """Compile the kernels of one product and read what they take.
+
+    Parameters
+    ----------
+    capabilities : sequence of (major, minor)
+    kernels : sequence of (kernel, tokens)
 
     Returns
     -------
@@ -43,7 +48,7 @@ def facts(capabilities=CAPABILITIES) -> pd.DataFrame:
     """
     why, rows = skipped(), []
     for capability in capabilities if why is None else ():
-        command = [sys.executable, "-m", "sfmp.gpu_code", *map(str, capability)]
+        command = [sys.executable, "-m", "sfmp.gpu_code", json.dumps([capability, kernels])]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
         except subprocess.TimeoutExpired as error:
@@ -66,7 +71,7 @@ def skipped() -> str | None:
     return why or (None if compiler.nvjitlink() is not None else "nvJitLink: not found; install nvidia-nvjitlink")
 
 
-def _compiled(capability):
+def _compiled(capability, kernels):
     """Rows of one capability."""
     from kernels_numba.gpu import compile as compiler
     from kernels_numba.gpu import lut_layout, lut_run, mma_layout, mma_run
@@ -74,7 +79,7 @@ def _compiled(capability):
 
     packed = random_packed(*SHAPE, WBITS + 0.25, block_rows=64)
     found = []
-    for kernel, tokens in KERNELS:
+    for kernel, tokens in kernels:
         layouts, runs = {"lut": (lut_layout, lut_run), "mma": (mma_layout, mma_run)}[kernel]
         plan = runs.plan(layouts.make_layout(packed), tokens, "float16")
         launch = max(plan.launches, key=lambda one: one.make.__name__ in ("make_kernel", "make_fused"))
@@ -124,4 +129,5 @@ def _attributes(data):
 
 
 if __name__ == "__main__":
-    print(json.dumps(_compiled((int(sys.argv[1]), int(sys.argv[2])))))
+    asked, chosen = json.loads(sys.argv[1])
+    print(json.dumps(_compiled(tuple(asked), chosen)))
