@@ -72,13 +72,24 @@ def bias_of(packed):
     return np.zeros(packed.shape[0], np.float32) if packed.bias is None else packed.bias.numpy()
 
 
-def error(run, tokens, kind, seed=0, **options):
-    """‖y − reference‖ / ‖reference‖ of a random matrix, against float64."""
+def error(run, tokens, kind, seed=0, magnitude=1.0, spoiled=None, **options):
+    """‖y − reference‖ / ‖reference‖ of a random matrix, against float64.
+
+    One activation of the last token may be `spoiled`, infinite or no number: then its results have to be no finite
+    numbers either, and the error is that of the other tokens.
+    """
     shape = {key: options.pop(key) for key in tuple(options) if key not in OPTIONS}
     packed = packed_case(seed, **shape)
-    x = torch.from_numpy(np.random.default_rng(seed).normal(size=(tokens, packed.shape[1]))).to(getattr(torch, kind))
+    x = torch.from_numpy(np.random.default_rng(seed).normal(size=(tokens, packed.shape[1])) * magnitude)
+    x = x.to(getattr(torch, kind))
+    if spoiled:
+        x[-1, packed.shape[1] // 2] = float(spoiled)
     y = torch.full((tokens, packed.shape[0]), torch.nan, dtype=x.dtype)
     run(packed, x, y, **options)
+    if spoiled:
+        if y[-1].isfinite().any():
+            return None
+        x, y = x[:-1], y[:-1]
     reference = x.double() @ packed.dequantize().double().T
     if packed.bias is not None:
         reference += packed.bias.double()
