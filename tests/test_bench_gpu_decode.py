@@ -8,6 +8,7 @@ import argparse
 import copy
 import json
 
+import cuda_stand_in
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -212,13 +213,38 @@ def test_repeated_layers_have_memory_of_their_own(monkeypatch, fused, backend):
         assert torch.equal(model(prompt).logits, expected) and expected.isfinite().all()
 
 
+def test_weights_on_a_device_are_laid_out_once_and_copied(monkeypatch):
+    """With a stand-in for the driver, as no device is needed to lay out and to copy."""
+    devices = pytest.importorskip("kernels_numba.gpu.devices", reason="needs numba-cuda")
+    from kernels_numba.gpu import weight
+
+    key, made, stand_in = ("cuda", 0, "mma", "mma"), [], cuda_stand_in.stand_in(cuda_stand_in.Library())
+    monkeypatch.setattr(devices, "get", lambda index: stand_in)
+
+    def first_product(layer, x):
+        made.append(weight.make_weight(layer.packed, "mma", torch.device("cpu")))
+        layer._cache[key] = made[-1]
+
+    monkeypatch.setattr(SFMPLinear, "forward", first_product)
+    dense = random_network({**TINY, "num_hidden_layers": 3}, torch.float16)
+    model = decode_models.packed_model(dense, 3.0, "cuda", "mma", True)
+    products = [product for layer in model.model.layers for product in _joints_or_layers(layer, True)]
+    found = [product._cache[key] for product in products]
+    assert len(made) == 4 and len(found) == 12 == len({each.image.data_ptr() for each in found})
+    for number, each in enumerate(found):
+        first, start = made[number % 4], each.image.data_ptr()
+        assert torch.equal(each.image, first.image) and each.structure is first.structure
+        assert each._addresses == {name: start + place for name, place in each.structure.places.items()}
+        assert each.columns == products[number].in_features and each.rows == products[number].out_features
+
+
 def _joints_or_layers(layer, fused):
+    """What multiplies, in the order of the layer."""
     layers = [module for module in layer.modules() if isinstance(module, SFMPLinear)]
-    if not fused:
-        return layers
-    joints = {id(module._joint): module._joint for module in layers if isinstance(module, fuse.FusedLinear)}
-    return [joint._cache["product"] for joint in joints.values()] + [
-        module for module in layers if not isinstance(module, fuse.FusedLinear)]
+    if fused:
+        layers = [module._joint._cache["product"] if isinstance(module, fuse.FusedLinear) else module
+                  for module in layers]
+    return list({id(found): found for found in layers}.values())
 
 
 def test_a_model_that_cannot_be_fused_says_so(monkeypatch):
