@@ -82,3 +82,15 @@ def test_warps_follow_strips_tiles_and_registers(rows, columns, tokens, levels, 
     groups = -(-columns // 128)
     shape = {"strip_chunk": range(rows // 32), "block_tiles": [0, groups], "widths": levels, "segment": 128}
     assert mma_run.choose_warps(SimpleNamespace(**shape), tokens, "float16") == warps
+
+
+@pytest.mark.parametrize("levels", [(3,), (8,), (2, 3, 4)])
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("warps", [None, 16])
+def test_default_plans_fit_every_device(levels, group_size, warps):
+    packed = packed_case(0, rows=100, cols=5000, group_size=group_size, block_rows=100, levels=levels)
+    layout = mma_layout.make_layout(packed)
+    for tokens in (1, 2, 3, 9, 17, 40):
+        for kind in ("float16", "bfloat16"):
+            for launch in mma_run.plan(layout, tokens, kind, warps=warps).launches:
+                assert launch.shared_bytes <= mma_run.MOST_BYTES and launch.threads <= 512

@@ -35,11 +35,14 @@ def choose_warps(layout: MmaLayout, tokens: int, kind: str) -> int:
     return min(mma.resident_warps(layout.widths, tokens, kind, layout.segment), MANY_WARPS if few else WARPS)
 
 
-def choose_stages(layout: MmaLayout, tokens: int, kind: str) -> int:
-    """Units that a warp has asked for ahead: 2, but 4 where only half as many warps run together."""
+def choose_stages(layout: MmaLayout, tokens: int, kind: str, warps: int) -> int:
+    """Units that a warp has asked for ahead: 2, but up to 4 in `MOST_BYTES` where only half as many warps run."""
     from kernels_numba.gpu import mma
 
-    return 2 if mma.resident_warps(layout.widths, tokens, kind, layout.segment) == mma.MANY_WARPS else 4
+    if mma.resident_warps(layout.widths, tokens, kind, layout.segment) == mma.MANY_WARPS:
+        return 2
+    return max(stages for stages in STAGES
+               if stages == 2 or shared_bytes(layout, tokens, kind, warps, stages, "unfused") <= MOST_BYTES)
 
 
 def kernel_tokens(tokens: int, gather: str) -> int:
@@ -79,7 +82,7 @@ def plan(layout: MmaLayout, tokens: int, kind: str, *, warps: int | None = None,
     kind : str, one of `mma.KINDS`
         Of x [tokens, K] and y [tokens, N], whose bits are arrays of uint16; bias is float32 [N].
     warps : int, optional
-        Of a block, `choose_warps`. The result depends on it by rounding.
+        Of a block, at most those that a processor holds; `choose_warps`. The result depends on it by rounding.
     stages : {2, 3, 4}, optional
         Units that a warp has asked for ahead, `choose_stages`.
     gather : {"fused", "unfused"}, optional
@@ -92,7 +95,12 @@ def plan(layout: MmaLayout, tokens: int, kind: str, *, warps: int | None = None,
     SfmpError
         Activations that do not fit shared memory, or an option that does not exist.
     """
-    warps, stages = warps or choose_warps(layout, tokens, kind), stages or choose_stages(layout, tokens, kind)
+    from kernels_numba.gpu import mma
+
+    most = min(tokens, mma.most_tokens(layout.widths))
+    warps = min(warps or choose_warps(layout, most, kind),
+                mma.resident_warps(layout.widths, most, kind, layout.segment))
+    stages = stages or choose_stages(layout, most, kind, warps)
     if gather is None:
         fits = tokens <= FUSED_TOKENS and shared_bytes(layout, tokens, kind, warps, stages, "fused") <= MOST_BYTES
         gather = "fused" if fits else "unfused"
