@@ -146,7 +146,7 @@ def body(widths: tuple[int, ...], tokens: int, kind: str, segment: int, warps: i
 
     @device
     def multiply(units, scales, table, segments, strip_chunk, strip_record, rows, x, gathered, more_gathered, memory,
-                 bias, y, out_features, in_features, length, table_tiles, most_strips, count):
+                 bias, y, out_features, in_features, length, table_tiles, strip, count):
         words = cuda.local.array(16, U)
         more = cuda.local.array(16, U)
         scale = cuda.local.array(scale_size, U)
@@ -161,9 +161,9 @@ def body(widths: tuple[int, ...], tokens: int, kind: str, segment: int, warps: i
         results = cuda.local.array(held, F)
         places = cuda.local.array(tiles, INT)
         owners = cuda.local.array(owned, INT)
-        thread, strip = INT(cuda.threadIdx.x), INT(cuda.blockIdx.x)
+        thread = INT(cuda.threadIdx.x)
         lane, warp = INT(thread & 31), INT(thread >> 5)
-        first = INT(strip // most_strips * table_tiles)
+        first = INT(INT(cuda.blockIdx.y) * table_tiles)
         tile = INT(first + warp)
         for i in range(stages + 1):
             queue[i] = table[tile + i * warps]
@@ -243,17 +243,19 @@ def make_fused(widths: tuple[int, ...], tokens: int, kind: str, segment: int, wa
     """Return the kernel that gathers activations itself: 1, 2, 4 or 8 tokens, or fewer.
 
     Its arguments are arrays of `MmaLayout`, x [tokens, K], bias float32 [N], y [tokens, N], N, K, length (of
-    `columns`), table_tiles, most_strips and the number of tokens. Grid: a block of 32·warps threads per strip, with 16
-    bytes of shared memory, `ring_bytes` per warp and `mma_gather.shared_bytes`.
+    `columns`), table_tiles, strips and the number of tokens. Grid: most_strips × row blocks, a block of 32·warps
+    threads per strip, with 16 bytes of shared memory, `ring_bytes` per warp and `mma_gather.shared_bytes`.
     """
     multiply = body(widths, tokens, kind, segment, warps, stages, True)
 
     @kernel(32 * warps, max(1, resident_warps(widths, tokens, kind, segment) // warps))
     def mma(units, scales, tiles, segments, strip_chunk, strip_record, rows, columns, x, bias, y, out_features,
-            in_features, length, table_tiles, most_strips, count):
+            in_features, length, table_tiles, strips, count):
         memory = cuda.shared.array(0, U)
-        multiply(units, scales, tiles, segments, strip_chunk, strip_record, rows, x, columns, INT(0), memory, bias, y,
-                 out_features, in_features, length, table_tiles, most_strips, count)
+        strip = INT(INT(cuda.blockIdx.y) * INT(cuda.gridDim.x) + INT(cuda.blockIdx.x))
+        if strip < strips:  # the last row block may have fewer
+            multiply(units, scales, tiles, segments, strip_chunk, strip_record, rows, x, columns, INT(0), memory, bias,
+                     y, out_features, in_features, length, table_tiles, strip, count)
 
     return mma
 
@@ -268,9 +270,11 @@ def make_kernel(widths: tuple[int, ...], tokens: int, kind: str, segment: int, w
 
     @kernel(32 * warps, max(1, resident_warps(widths, tokens, kind, segment) // warps))
     def mma(units, scales, tiles, segments, strip_chunk, strip_record, rows, arranged, totals, factors, bias, y,
-            out_features, length, table_tiles, most_strips, count):
+            out_features, length, table_tiles, strips, count):
         memory = cuda.shared.array(0, U)
-        multiply(units, scales, tiles, segments, strip_chunk, strip_record, rows, arranged, totals, factors, memory,
-                 bias, y, out_features, INT(0), length, table_tiles, most_strips, count)
+        strip = INT(INT(cuda.blockIdx.y) * INT(cuda.gridDim.x) + INT(cuda.blockIdx.x))
+        if strip < strips:
+            multiply(units, scales, tiles, segments, strip_chunk, strip_record, rows, arranged, totals, factors, memory,
+                     bias, y, out_features, INT(0), length, table_tiles, strip, count)
 
     return mma

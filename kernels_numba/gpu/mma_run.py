@@ -120,9 +120,13 @@ def _fused(layout, tokens, kind, warps, stages):
                         f'memory, found {tokens} in {size}; use gather="unfused"')
     options = (layout.widths, kernel_tokens(tokens, "fused"), kind, layout.segment, warps, stages)
     arguments = (*ARRAYS, "columns", "x", "bias", "y", out_features, in_features, len(layout.columns),
-                 layout.table_tiles, layout.most_strips, tokens)
-    return Plan({}, (Launch(mma.make_fused, options, "uuiiiiiihfhnnnnnn", arguments, (len(layout.strip_chunk), 1),
+                 layout.table_tiles, len(layout.strip_chunk), tokens)
+    return Plan({}, (Launch(mma.make_fused, options, "uuiiiiiihfhnnnnnn", arguments, _grid(layout),
                             32 * warps, size),))
+
+
+def _grid(layout):
+    return layout.most_strips, len(layout.block_tiles) - 1
 
 
 def _unfused(layout, tokens, kind, warps, stages):
@@ -139,11 +143,11 @@ def _unfused(layout, tokens, kind, warps, stages):
         count = min(most, tokens - first)
         options = (layout.widths, kernel_tokens(count, "unfused"), kind, layout.segment, warps, stages)
         arguments = (*ARRAYS, *scratch, "bias", ("y", first * out_features), out_features, length, layout.table_tiles,
-                     layout.most_strips, count)
+                     len(layout.strip_chunk), count)
         launches += [
             Launch(mma_gather.make_arrange, (kind, layout.segment), "hiuffnn",
                    (("x", first * in_features), "columns", *scratch, in_features, length), (blocks, count),
                    32 * mma_gather.ARRANGE_WARPS),
-            Launch(mma.make_kernel, options, "uuiiiiiufffhnnnnn", arguments, (len(layout.strip_chunk), 1), 32 * warps,
+            Launch(mma.make_kernel, options, "uuiiiiiufffhnnnnn", arguments, _grid(layout), 32 * warps,
                    shared_bytes(layout, count, kind, warps, stages, "unfused"))]
     return Plan(scratch, tuple(launches))
