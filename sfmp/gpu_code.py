@@ -18,7 +18,7 @@ from sfmp.checks import SfmpError
 
 CAPABILITIES = ((8, 0), (9, 0), (12, 0))  # A100, H100 and H200, RTX 50
 SHAPE, WBITS = (512, 1024), 3.0  # of a matrix with blocks of 2, 3 and 4 bits; code depends on its widths only
-KERNELS = (("lut", 1), ("mma", 1), ("mma", 8))  # kernel, tokens
+KERNELS = (("lut", 1), ("mma", 1))  # kernel, tokens
 COLUMNS = ["kernel", "tokens", "capability", "registers", "stack_bytes", "loads_128", "tensor_steps"]
 LONGEST = 300  # seconds for one capability
 _LINES = re.compile(r"\bld\.global\S*\.v4\.u32\b|\bcp\.async\.c[ag]\S*global[^;]*, 16;")

@@ -9,14 +9,16 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402
 
-from sfmp import claims, gpu_evidence, gpu_targets, plots_gpu  # noqa: E402
+from sfmp import claims, gpu_evidence, gpu_targets, plots_gpu, stage_results  # noqa: E402
 from sfmp import tables_gpu as tables  # noqa: E402
 from sfmp.checks import SfmpError  # noqa: E402
+from sfmp.provenance import Run  # noqa: E402
 from sfmp.tables import read_paper_values  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,6 +187,24 @@ def test_what_failed_is_told_and_left_out(evidence):
     told = named(gpu_evidence.conditions(evidence), "file", "what").value
     assert told["kernels", "device"] == "NVIDIA H200" and told["kernels", "quick"].startswith("yes")
     assert told["decode", "quick"] == "no" and told["kernels", "gemlite"] == "not installed"
+
+
+def test_a_notebook_reads_what_is_committed_or_what_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert stage_results.gpu_evidence(Run("e4_gpu", {}, 0)) == {}
+    committed, given = tmp_path / "results/reference/gpu", tmp_path / "given"
+    for folder in (committed, given):
+        folder.mkdir(parents=True)
+        case.write_files(folder)
+    assert set(stage_results.gpu_evidence(Run("e4_gpu", {}, 0))) == {"kernels", "decode"}
+    run = Run("e4_gpu", {"inputs": {"gpu_decode": str(given / "decode.json")}}, 0)
+    assert set(stage_results.gpu_evidence(run)) == {"decode"}, "not half from here and half from there"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_measured_again(capsys):
+    assert gpu_evidence.measure_here() == {}
+    assert "not measured on this machine" in capsys.readouterr().out
 
 
 def texts(figure):
