@@ -17,6 +17,7 @@ _STORAGE = {"checkpoint": ("checkpoint", _INK[7], "v"), "gpu lut": ("GPU lut", _
             "gpu mma": ("GPU mma", _INK[1], "s"), "cpu": ("CPU", _INK[2], "^"), "float16": ("float16", "0.35", "D")}
 _MOVED = {"planes": _INK[0], "scales": _INK[1], "metadata": _INK[2], "activations": _INK[4], "partial_sums": _INK[3],
           "results": _INK[8]}
+_MOVED_LABELS = {"planes": "planes (float16: weights)"}
 _MODES = {"mma": ("mma (tensor cores)", _INK[1], "s"), "lut": ("lut (look-ups)", _INK[0], "o")}
 _WAYS = {**_MODES, "dequantize": ("dequantize, then torch", _INK[4], "P")}
 _FAMILIES = {"sfmp": ("this project", _INK[0]), "torch": ("torch", _INK[7]), "gemlite": ("gemlite", _INK[1]),
@@ -42,7 +43,7 @@ def memory_traffic(table: pd.DataFrame):
     before = np.zeros(len(shown))
     for column, colour in _MOVED.items():
         left.barh(-shown.index, shown[column] / _MEGA, left=before, color=colour, height=0.7,
-                  label=column.replace("_", " "))
+                  label=_MOVED_LABELS.get(column, column.replace("_", " ")))
         before += shown[column].to_numpy() / _MEGA
     for place, row in enumerate(shown.itertuples()):
         left.annotate(f"{row.bits_per_weight:.2f} bits per weight", (before[place], -place), (3, 0),
