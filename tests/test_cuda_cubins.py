@@ -1,5 +1,6 @@
 """Compiled kernels: code for an architecture without a device, and what is kept of it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -119,6 +120,27 @@ def test_kernels_of_two_architectures_compile_in_one_process():
     done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["True", "True"]
+
+
+def test_a_toolkit_that_no_variable_names_is_found(monkeypatch, tmp_path):
+    pathfinder = pytest.importorskip("cuda.pathfinder")
+
+    def load(library):
+        if library == "nvvm" and "CUDA_HOME" not in os.environ:
+            raise RuntimeError("no libnvvm\nanywhere")
+
+    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", load)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("CUDA_PATH", "elsewhere")
+    monkeypatch.setenv("CUDA_HOME", "")  # so that what is set below is undone
+    monkeypatch.delenv("CUDA_HOME")
+    assert compiler.missing_library() == "libnvvm: no libnvvm; install nvidia-nvvm or the CUDA toolkit"
+    monkeypatch.delenv("CUDA_PATH")
+    (tmp_path / "nvvm").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text("")
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    assert compiler.missing_library() is None and os.environ["CUDA_HOME"] == str(tmp_path)
 
 
 def test_a_missing_library_is_named(monkeypatch):

@@ -248,9 +248,19 @@ def test_compiled_models_call_the_operator(mode, layer, generator):
         eager = layer(x.cuda())
         compiled = torch.compile(layer, fullgraph=True)
         assert torch.equal(compiled(x.cuda()), eager)
-        torch.library.opcheck(torch.ops.sfmp.cuda_linear.default,
-                              (x.cuda(), *(lambda weight: (weight.image, layer.bias, 300, weight.key))(
-                                  layer._cache["ready"][2])))
+    weight = layer._cache["ready"][2]
+    torch.library.opcheck(torch.ops.sfmp.cuda_linear.default, (x.cuda(), weight.image, layer.bias, 300, weight.key))
+
+
+def test_compiled_models_replay_graphs(layer, generator):
+    layer, packed = layer
+    with torch.no_grad():
+        layer(_x(generator, 1, 900).cuda())
+        compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            x = _x(generator, 1, 900)
+            assert _error(compiled(x.cuda()).clone(), _expected(x, packed)) <= _bound("float16", 900)
 
 
 def test_misuse_is_named(layer):
@@ -273,7 +283,7 @@ SANITIZED = """
 import numpy as np, torch
 from kernels_numba.gpu import check
 for mode in ("mma", "lut"):
-    print(check.relative_errors(0, mode))
+    print("relative", check.relative_errors(0, mode))
 """
 
 
@@ -285,12 +295,15 @@ def test_compute_sanitizer_finds_nothing(tool):
         pytest.skip("needs compute-sanitizer")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS.parent), os.environ.get("PYTHONPATH", ""))),
                    "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run([binary, "--tool", tool, "--error-exitcode", "7", "--kernel-name", "kernel_substring=sfmp_",
-                           sys.executable, "-c", SANITIZED], capture_output=True, text=True, env=environment,
-                          timeout=600)
-    if "not supported" in done.stdout or "Unable to" in done.stdout:
+    command = [binary, "--tool", tool, "--error-exitcode", "7"]
+    for narrow in (["--kernel-name", "kns=sfmp_"], []):  # torch's kernels are not ours to check, where that can be said
+        done = subprocess.run([*command, *narrow, sys.executable, "-c", SANITIZED], capture_output=True, text=True,
+                              env=environment, timeout=600)
+        if "relative" in done.stdout or done.returncode == 7:
+            break
+    if "Device not supported" in done.stdout:  # seen where the machine is a gVisor sandbox
         pytest.skip(f"compute-sanitizer cannot run here: {done.stdout[-300:]}")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and done.stdout.count("relative") == 2, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 def test_host_time_is_reported(capsys):

@@ -12,6 +12,7 @@ from kernels_numba.gpu import cubins, devices, driver, launches, prepared
 from kernels_numba.gpu.launches import Launch, Plan
 from kernels_numba.gpu.prepared import Kernels, Prepared
 from sfmp.checks import SfmpError
+from sfmp.linear import SFMPLinear
 
 gpu_weight = pytest.importorskip("kernels_numba.gpu.weight", reason="needs numba-cuda")
 
@@ -274,6 +275,40 @@ def test_kernels_of_devices_are_their_own(library):
     launch = PLAN.launches[0]
     assert one.get(launch) == one.get(launch) != two.get(launch)
     assert isinstance(one, Kernels)
+
+
+@pytest.fixture
+def on_cpu():
+    """The operator on the CPU, for a device that is none."""
+    from kernels_numba.gpu import product
+
+    library = torch.library.Library("sfmp", "IMPL", "CPU")
+    library.impl("cuda_linear", product._cuda_linear)
+    yield
+    library._destroy()
+
+
+def test_compiled_layers_call_the_operator(device, library, on_cpu, monkeypatch):
+    packed, weight = _weight("lut", device, bias=True)
+    layer = SFMPLinear(packed)
+    layer._cache["ready"] = layer.backend, layer.mode, weight, layer.mode, *packed.source()
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *size, **options: new_empty(x, *size, **options).zero_())
+    x = torch.zeros(2, 300).half()
+    torch.library.opcheck(torch.ops.sfmp.cuda_linear.default, (x, weight.image, layer.bias, 50, weight.key))
+    monkeypatch.undo()
+    monkeypatch.setattr(devices, "get", lambda index: device)
+    monkeypatch.setattr(cubins, "get", lambda launch, capability: b"code")
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        compiled(x)
+        library.launches.clear()
+        y = compiled(x)
+    assert y.shape == (2, 50) and [launch[0] for launch in library.launches] == ["sfmp_lut_kernel", "sfmp_lut_sum"]
+    assert _bias_of(library) == layer.bias.data_ptr() and library.launches[0][5][0] == weight._addresses["lines"]
+    copy = weight.image.clone()
+    torch.ops.sfmp.cuda_linear(x, copy, None, 50, weight.key)
+    assert library.launches[-2][5][0] == copy.data_ptr() + weight.structure.places["lines"], "copies are what they are"
 
 
 def test_signatures_pass_pointers():

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import re
+import shutil
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 from kernels_numba.gpu.launches import Launch, signature
 from sfmp.checks import SfmpError
 
-LIBRARIES = ("nvvm", "nvrtc")  # what Numba compiles with, and what it asks for the architectures it may compile for
+# What Numba compiles with, and what it asks for the architectures it may compile for: library → package.
+LIBRARIES = {"nvvm": "nvidia-nvvm", "nvrtc": "nvidia-cuda-nvrtc"}
 _lock = threading.RLock()  # Numba's front end, and the stand-in below, serve one thread at a time
 
 
@@ -24,12 +28,23 @@ def missing_library() -> str | None:
         from cuda import pathfinder
     except ImportError as error:
         return f"{error}; install numba-cuda"
-    for library in LIBRARIES:
+    for library, package in LIBRARIES.items():
         try:
             pathfinder.load_nvidia_dynamic_lib(library)
         except (RuntimeError, OSError) as error:  # DynamicLibNotFoundError is a RuntimeError
-            return f"lib{library}: {str(error).splitlines()[0]}; install nvidia-{library} or the CUDA toolkit"
+            toolkit = _toolkit()
+            if toolkit is not None and not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys():
+                os.environ["CUDA_HOME"] = toolkit  # where Numba looks for what is in no package and no system folder
+                return missing_library()
+            return f"lib{library}: {str(error).splitlines()[0]}; install {package} or the CUDA toolkit"
     return None
+
+
+def _toolkit() -> str | None:
+    """Folder of an installed CUDA toolkit: that of nvcc, or the usual one."""
+    nvcc = shutil.which("nvcc")
+    folders = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    return next((str(path) for path in (*folders, Path("/usr/local/cuda")) if (path / "nvvm").is_dir()), None)
 
 
 def name_of(launch: Launch) -> str:
