@@ -6,6 +6,7 @@ import json
 
 import cuda_stand_in
 import pytest
+import tape
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -110,6 +111,37 @@ def _options(path, *given):
     parser = argparse.ArgumentParser()
     gpu_decode.add_arguments(parser)
     return parser.parse_args(["--out", str(path), *given])
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif("lut16" not in targets.MODES.get(targets.detect()[0], ()), reason="no lut16 here")
+def test_every_way_is_measured_on_a_device(monkeypatch):
+    """With stand-ins for torch.cuda: what there is on a device only, and what a failure costs."""
+    settings = {"device": "cuda", "bpw": [3.0, 9.0], "modes": ["lut16"], "compile": [3.0], **gpu_decode.QUICK}
+    part, told = {"model": "tiny", "layers": 2, "skip": {}}, []
+    tape.stand_in(monkeypatch)
+    monkeypatch.setattr(torch, "compile", lambda network: network.forward)
+    original = decode_worker.candidates
+    monkeypatch.setattr(decode_worker, "candidates", lambda *given: original(*given[:3], "cpu"))
+    dense = decode_models.dense_model("tiny", 2, "cpu")
+    monkeypatch.setattr(decode_worker, "dense_model", lambda *_: dense)
+    ready, absent = decode_worker.prepare(part, settings, told.append)
+    assert told == ["torch fp16", *["sfmp lut16"] * 4]
+    assert [(one.candidate.name, one.graph, one.compiled) for one in ready] == [
+        ("torch fp16", False, False), ("torch fp16", True, False), ("torch fp16", True, True),
+        ("sfmp lut16 3 bpw", False, False), ("sfmp lut16 3 bpw", True, False), ("sfmp lut16 3 bpw fused", False, False),
+        ("sfmp lut16 3 bpw fused", True, False), ("sfmp lut16 3 bpw fused", True, True)]
+    assert absent.keys() == {"sfmp lut16 9 bpw eager", "sfmp lut16 9 bpw fused eager"}
+    kept = 2 * 2 * 256 * 128
+    assert [one.peak_bytes for one in ready[:3]] == [0, 7, 14], "nothing is shared"
+    assert kept < ready[3].peak_bytes - 14 < kept + 10_000 and ready[4].peak_bytes == ready[3].peak_bytes + 7
+    rows = decode_worker.measure(ready, settings, {"random": True}, told.append)
+    assert [row["tokens"] for row in rows] == [4, 8, 8, 4, 8, 4, 8, 8] and all(row["random"] for row in rows)
+    said = [decode_worker._sample(one, 6, settings) and one.decoder.tokens() for one in ready]
+    assert all(torch.equal(tokens, said[0]) for tokens in said[:3])
+    assert all(torch.equal(tokens, said[3]) for tokens in said[3:]), "fused and compiled or not"
+    skipped, why = decode_worker.prepare({**part, "skip": {"sfmp lut16": "broke"}}, settings, told.append)
+    assert len(skipped) == 3 and why["sfmp lut16 3 bpw fused"] == "broke"
 
 
 @pytest.mark.cpu

@@ -8,8 +8,9 @@ import copy
 
 import pytest
 import torch
+from tape import Tape, stand_in
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from kernels_numba.cpu import targets
@@ -22,29 +23,6 @@ from sfmp.linear import SFMPLinear
 needs_kernels = [pytest.mark.cpu, pytest.mark.skipif(targets.detect()[0] is None, reason=targets.detect()[1])]
 TINY = decode_models.MODELS["tiny"]
 TOKENS = 10
-
-
-class Tape(TorchDispatchMode):
-    """Operations of what runs inside, which `replay` runs again: constants as they were, the same buffers."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = function(*args, **kwargs)
-        self.operations.append((function, args, kwargs, out))
-        return out
-
-    def replay(self):
-        """Run the operations; tensors that were made inside are made anew, others are where they were."""
-        made = {}
-        with torch.no_grad():
-            for function, args, kwargs, out in self.operations:
-                args, kwargs = tree_map_only(torch.Tensor, lambda tensor: made.get(id(tensor), tensor), (args, kwargs))
-                for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
-                    made[id(old)] = new
 
 
 def _prompt(tokens, seed=0, vocabulary=128):
@@ -108,6 +86,19 @@ def test_a_step_that_was_recorded_once_decodes_from_any_position(packed):
         said.append(decoder.tokens())
         assert torch.equal(said[-1], _generated(model, prompt)), length
     assert len({tuple(tokens[0].tolist()) for tokens in said}) == 3
+
+
+def test_a_captured_step_decodes_from_any_position(monkeypatch):
+    model = random_network(TINY)
+    captured, decoder = stand_in(monkeypatch), StaticDecoder(model, 12, TOKENS)
+    decoder.start(_prompt(5))
+    decoder.capture()
+    assert len(captured) == 1 and decoder.replay == captured[0].replay
+    for length in (12, 2):
+        prompt = _prompt(length, length)
+        decoder.start(prompt)
+        decoder.run(TOKENS - 1, graph=True)
+        assert torch.equal(decoder.tokens(), _generated(model, prompt)), length
 
 
 def test_a_tape_keeps_constants():
