@@ -300,13 +300,14 @@ def test_compiled_layers_call_the_operator(device, library, on_cpu, monkeypatch)
     monkeypatch.setattr(devices, "get", lambda index: device)
     monkeypatch.setattr(cubins, "get", lambda launch, capability: b"code")
     with torch.no_grad():
+        torch._dynamo.mark_static_address(weight.image)  # as on a device
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         compiled(x)
         library.launches.clear()
         y = compiled(x)
     assert y.shape == (2, 50) and [launch[0] for launch in library.launches] == ["sfmp_lut_kernel", "sfmp_lut_sum"]
     assert _bias_of(library) == layer.bias.data_ptr() and library.launches[0][5][0] == weight._addresses["lines"]
-    copy = weight.image.clone()
+    copy = weight.image.clone()  # as a compiler may
     torch.ops.sfmp.cuda_linear(x, copy, None, 50, weight.key)
     assert library.launches[-2][5][0] == copy.data_ptr() + weight.structure.places["lines"], "copies are what they are"
 

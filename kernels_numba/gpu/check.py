@@ -2,7 +2,8 @@
 
 The kernels are tested where there is no GPU, by simulation. A compiler, a driver or a device that makes something else
 of them must not go unnoticed: a wrong result raises SfmpError, and backend "auto" takes the reference instead, with one
-warning that names the numbers.
+warning that names the numbers. The first check on a machine compiles several kernels, each in seconds; they are kept on
+disk (`cubins`), and serve matrices of the same bits.
 """
 
 from __future__ import annotations
