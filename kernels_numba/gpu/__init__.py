@@ -25,7 +25,7 @@ State. No kernel here has run on a GPU yet, and there is no measured time of one
 * Compiled without a device for compute capabilities 8.0, 8.6, 8.9, 9.0 and 12.0: 128-bit loads, no local memory, no
   spills, no atomics (tests/test_cuda_ptx.py; skips where libnvvm or libnvrtc is missing).
 * The launch path is tested byte for byte with a stand-in for the driver. Its host time without the driver is what
-  ``python -m kernels_numba.gpu.host_time`` prints. tests/test_cuda_device.py runs all of it where there is a GPU:
+  ``python -m kernels_numba.gpu.host_time`` prints. tests/test_cuda_device*.py run all of it where there is a GPU:
   numbers, graphs, streams, threads, compiled models, compute-sanitizer.
 * `kernels_numba.matmul` offers the backend where there is a device of capability 8.0 or newer, after `check` has
   compared a small product with the reference there.
