@@ -21,16 +21,18 @@ REQUESTS = {
     "fused, 1 token, bfloat16, 16 warps": {**MIXED, "gather": "fused", "kind": "bfloat16", "warps": 16},
     "fused, 8 tokens": {**MIXED, "gather": "fused", "tokens": 8, "stages": 3},
     "unfused, 8 tokens": {**MIXED, "gather": "unfused", "tokens": 8},
-    "unfused, 8 tokens, group 32": {**MIXED, "gather": "unfused", "tokens": 8, "kind": "bfloat16", "group_size": 32},
-    "unfused, 16 tokens": {**MIXED, "gather": "unfused", "tokens": 16},
-    "unfused, 32 tokens": {**MIXED, "gather": "unfused", "tokens": 32},
-    "many bits": {**MIXED, "gather": "unfused", "tokens": 16, "kind": "bfloat16", "group_size": 32,
+    "unfused, 8 tokens, group 32": {**MIXED, "gather": "unfused", "tokens": 8, "kind": "bfloat16", "group_size": 32,
+                                    "stages": 4},
+    "unfused, 16 tokens": {**MIXED, "gather": "unfused", "tokens": 16, "kind": "bfloat16", "stages": 4},
+    "unfused, 32 tokens": {**MIXED, "gather": "unfused", "tokens": 32, "stages": 4},
+    "many bits": {**MIXED, "gather": "unfused", "tokens": 8, "kind": "bfloat16", "group_size": 32,
                   "levels": [1, 6, 7, 8]},
     "arrange": {**MIXED, "gather": "unfused", "kind": "bfloat16", "launch": 0},
     "dequantize": {"name": "dequantize", "kind": "float16", "levels": [2, 3, 4], "group_size": 128},
     "dequantize many bits": {"name": "dequantize", "kind": "bfloat16", "levels": [1, 5, 7, 8], "group_size": 32},
 } | {f"{bits} bits": {**MIXED, "gather": "fused", "levels": [bits]} for bits in (2, 3, 4)}
 PRODUCTS = [name for name, asked in REQUESTS.items() if asked["name"] == "mma" and "launch" not in asked]
+NARROW = ("unfused, 8 tokens, group 32",)  # four sets of scales a unit; half as many warps run together
 ONE_UNIT = {2: 224, 3: 256, 4: 234}  # most instructions of a warp for a unit: 4 schedulers at 70 % reach 4.3 TB/s
 
 
@@ -76,7 +78,7 @@ def test_products_on_tensor_cores_from_copies_of_16_bytes(name):
     parts = sum(1 if bits <= 4 else 2 for bits in asked["levels"])
     tiles = max(1, asked.get("tokens", 1) // 8)
     assert ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == 16 * tiles * parts
-    stages, sets = asked.get("stages", 4 if tiles == 4 or parts > 3 else 2), 1 if max(asked["levels"]) <= 4 else 2
+    stages, sets = asked.get("stages", 2), 1 if max(asked["levels"]) <= 4 else 2
     copies = len(re.findall(r"cp\.async\.cg\.shared\.global\.L2::256B \[\S+\], \[\S+\], 16;", ptx))
     assert copies == 4 * sets * (stages + 1)  # of the first units, and in the loop
     assert ptx.count(f"cp.async.wait_group {stages - 1};") == 1
@@ -95,9 +97,9 @@ def test_a_unit_is_asked_for_before_another_is_multiplied(name):
 @pytest.mark.parametrize("name", REQUESTS)
 def test_registers_suffice_on_five_chips(name, capability, tmp_path):
     registers, memory, _ = code(name, capability, tmp_path)
-    few = max(REQUESTS[name]["levels"]) <= 4 and REQUESTS[name].get("tokens", 1) <= 8
+    few = max(REQUESTS[name]["levels"]) <= 4 and REQUESTS[name].get("tokens", 1) <= 8 and name not in NARROW
     assert memory == 0 and registers <= (128 if few else 255)
-    if name == "fused, 1 token":
+    if name == "fused, 1 token" and capability < (10, 0):
         assert registers <= 85  # 24 warps of a processor
 
 

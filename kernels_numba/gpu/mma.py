@@ -53,13 +53,15 @@ INT, U, L, F = types.int32, types.uint32, types.int64, types.float32
 
 def resident_warps(widths: tuple[int, ...], tokens: int, kind: str, segment: int) -> int:
     """Warps of a processor that have room for their registers: 128 each without spills, or 255."""
-    few_sums = tokens <= 8 or (tokens <= 16 and segment == 128 and kind == "float16")
+    few_sums = tokens == 1 or (tokens <= 8 and (segment > 32 or kind == "float16"))
     return MANY_WARPS if few_sums and max(widths) <= 4 else FEW_WARPS
 
 
-def most_tokens(widths: tuple[int, ...]) -> int:
+def most_tokens(widths: tuple[int, ...], segment: int) -> int:
     """Most tokens of one launch: as many as have room for their sums, which are two sets beyond 4 bits."""
-    return 32 if max(widths) <= 4 else 16
+    if max(widths) <= 4:
+        return 32
+    return 16 if segment > 32 else 8
 
 
 def stage_bytes(widths: tuple[int, ...], segment: int) -> int:
@@ -115,6 +117,22 @@ def clear(tile, sums, high_sums, results):
         results[8 * tile + i] = F(0)
 
 
+@functools.cache
+def mover(per_unit: int):
+    """Device function numbers ← found from `at` on, element by element: of a loop compilers make a copy of memory."""
+
+    @device
+    def move(found, at, numbers):
+        numbers[0] = found[at]
+        if per_unit > 1:
+            numbers[1] = found[at + 1]
+        if per_unit > 2:
+            numbers[2] = found[at + 2]
+            numbers[3] = found[at + 3]
+
+    return move
+
+
 @device
 def put(tile, address, results):
     """Write the results of one tile of tokens, [token][row]."""
@@ -131,7 +149,7 @@ def body(widths: tuple[int, ...], tokens: int, kind: str, segment: int, warps: i
     """
     write, (ask, read), wait = writer(kind), stage(widths, tokens, segment), WAITS[stages]
     scaled, single, tiles = kind == "bfloat16", tokens == 1, max(1, tokens // TOKENS)
-    add = dispatcher(widths, tokens, segment, scaled, fused)
+    add, move = dispatcher(widths, tokens, segment, scaled, fused), mover(128 // segment)
     threads, size, per_unit = 32 * warps, 32 if single else 32 * TOKENS * tiles, 128 // segment
     own_bytes, slot_bytes = ring_bytes(widths, tokens, segment, stages), stage_bytes(widths, segment)
     queued, fragments, held, owned = stages + 1, 4 * tiles, 8 * tiles, 2 * tiles
@@ -175,8 +193,7 @@ def body(widths: tuple[int, ...], tokens: int, kind: str, segment: int, warps: i
         end = U(ring + U(stages * slot_bytes))
         for i in range(stages):
             ask(units, scales, start, record, tile + i * warps, queue[i], lane, U(ring + U(i * slot_bytes)))
-        for part in range(per_unit):
-            numbers[part] = segments[tile * per_unit + part]
+        move(segments, tile * per_unit, numbers)
         offset = bias[natural] if natural >= 0 else F(0)
         at_x, at_totals, at_factors = prepare(x, gathered, more_gathered, U(address + U(warps * own_bytes)), names,
                                               words, warp, lane, in_features, length, count)
@@ -206,12 +223,10 @@ def body(widths: tuple[int, ...], tokens: int, kind: str, segment: int, warps: i
             for i in range(stages):
                 queue[i] = queue[i + 1]
             queue[stages] = table[tile + (stages + 1) * warps]
-            for part in range(per_unit):
-                next_numbers[part] = segments[(tile + warps) * per_unit + part]
+            move(segments, (tile + warps) * per_unit, next_numbers)
             add(bits, words, more, scale, numbers, at_x, at_totals, at_factors, places, owners, lane, rest, b, sums,
                 high_sums, results)
-            for part in range(per_unit):
-                numbers[part] = next_numbers[part]
+            move(next_numbers, 0, numbers)
             tile = INT(tile + warps)
             slot = U(slot + U(slot_bytes))
             slot = ring if slot == end else slot

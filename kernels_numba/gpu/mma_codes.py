@@ -64,14 +64,19 @@ def stepper(width: int, tiles: int):
     codes = extractor(width)
 
     @device
-    def step(words, rest, i, b, sums):
-        for odd in range(2):
-            for half in range(2):
-                a0, a1 = codes(words, rest, 2 * half, 0, i, odd), codes(words, rest, 2 * half + 1, 0, i, odd)
-                a2, a3 = codes(words, rest, 2 * half, 1, i, odd), codes(words, rest, 2 * half + 1, 1, i, odd)
-                for tile in range(tiles):
-                    c, at = 8 * tile + 4 * half, 4 * tile + 2 * odd
-                    sums[c], sums[c + 1], sums[c + 2], sums[c + 3] = multiply_tiles(
-                        a0, a1, a2, a3, b[at], b[at + 1], sums[c], sums[c + 1], sums[c + 2], sums[c + 3])
+    def part(odd, half, words, rest, i, b, sums):
+        a0, a1 = codes(words, rest, 2 * half, 0, i, odd), codes(words, rest, 2 * half + 1, 0, i, odd)
+        a2, a3 = codes(words, rest, 2 * half, 1, i, odd), codes(words, rest, 2 * half + 1, 1, i, odd)
+        for tile in range(tiles):
+            c, at = 8 * tile + 4 * half, 4 * tile + 2 * odd
+            sums[c], sums[c + 1], sums[c + 2], sums[c + 3] = multiply_tiles(
+                a0, a1, a2, a3, b[at], b[at + 1], sums[c], sums[c + 1], sums[c + 2], sums[c + 3])
+
+    @device
+    def step(words, rest, i, b, sums):  # written out, since not every compiler unrolls loops of them
+        part(0, 0, words, rest, i, b, sums)
+        part(0, 1, words, rest, i, b, sums)
+        part(1, 0, words, rest, i, b, sums)
+        part(1, 1, words, rest, i, b, sums)
 
     return step

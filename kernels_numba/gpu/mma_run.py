@@ -97,7 +97,7 @@ def plan(layout: MmaLayout, tokens: int, kind: str, *, warps: int | None = None,
     """
     from kernels_numba.gpu import mma
 
-    most = min(tokens, mma.most_tokens(layout.widths))
+    most = min(tokens, mma.most_tokens(layout.widths, layout.segment))
     warps = min(warps or choose_warps(layout, most, kind),
                 mma.resident_warps(layout.widths, most, kind, layout.segment))
     stages = stages or choose_stages(layout, most, kind, warps)
@@ -133,7 +133,7 @@ def _unfused(layout, tokens, kind, warps, stages):
     from kernels_numba.gpu import mma, mma_gather
 
     (out_features, in_features), length = layout.shape, len(layout.columns)
-    most = mma.most_tokens(layout.widths)
+    most = mma.most_tokens(layout.widths, layout.segment)
     room = min(tokens, most)
     sums = room * length // layout.segment
     scratch = {"arranged": (room * length // 2, "u"), "totals": (sums, "f"), "factors": (sums, "f")}
