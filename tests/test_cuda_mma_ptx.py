@@ -33,8 +33,8 @@ REQUESTS = {
 } | {f"{bits} bits": {**MIXED, "gather": "fused", "levels": [bits]} for bits in (2, 3, 4)}
 PRODUCTS = [name for name, asked in REQUESTS.items() if asked["name"] == "mma" and "launch" not in asked]
 NARROW = ("unfused, 8 tokens, group 32",)  # four sets of scales a unit; half as many warps run together
-# Most instructions of a warp for a unit and its scales, 512·bits + 128 bytes. 4.3 TB/s are 18.6 bytes a clock of each of
-# 132 processors at 1.755 GHz (CUDA.md 3.1): so many take 90, 72 and 50 % of the slots of four schedulers.
+# Most instructions of a warp for a unit with its scales, 512·bits + 128 bytes. 4.3 TB/s are 18.6 bytes a clock of each
+# of 132 processors at 1.755 GHz (CUDA.md 3.1): so many take 90, 72 and 50 % of the slots of four schedulers.
 ONE_UNIT = {2: 224, 3: 256, 4: 234}
 
 
