@@ -102,6 +102,29 @@ def test_shared_memory_grows_with_what_is_asked_for(library):
     assert [call[1] for call in library.calls if call[0] == "cuKernelSetAttribute"] == [100, 200]
 
 
+def test_threads_that_load_one_kernel_take_no_shared_memory_back(library, monkeypatch):
+    """The one that asks for less is held up in the driver until the other has gone as far as it can."""
+    kernels, asked, together = stand_in(library).kernels, [], threading.Barrier(2)
+
+    def compiled(launch, capability):
+        try:
+            together.wait(0.5)  # never, where one loads at a time
+        except threading.BrokenBarrierError:
+            pass
+        return b"code"
+
+    monkeypatch.setattr(cubins, "get", compiled)
+    wants = [Launch(make_first, (), "n", (1,), (1, 1), 32, size) for size in (200, 100)]
+    threads = [threading.Thread(target=lambda want=want: asked.append(kernels.get(want))) for want in wants]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    called = [call for call in library.calls if call[0] in ("cuLibraryLoadData", "cuKernelSetAttribute")]
+    sizes = [call[1] for call in called if call[0] == "cuKernelSetAttribute"]
+    assert len(called) - len(sizes) == 1 and len(set(asked)) == 1 and sizes == sorted(sizes)
+
+
 def test_first_use_inside_a_graph_says_to_warm_up(library):
     with pytest.raises(SfmpError, match=r"CUDA graph: .*sfmp_test_cuda_launch_first.*is not loaded on device 0; call"):
         Prepared(PLAN, {"w": 1}, stand_in(library, capturing=lambda: True).kernels)

@@ -56,6 +56,7 @@ def test_no_device_is_told_why():
     ({"available": False, "cuda": "13.0"}, "finds no CUDA device"),
     ({"available": True, "cuda": None}, "AMD"),
     ({"available": True, "cuda": "13.0", "capability": (7, 5)}, "capability 7.5; needs 8.0"),
+    ({"available": True, "cuda": "13.0"}, "does not start: forked"),
     ({"available": True, "cuda": "13.0", "capability": (9, 0), "driver": "too old"}, "too old"),
     ({"available": True, "cuda": "13.0", "capability": (9, 0), "library": "libnvvm: not found"}, "libnvvm"),
     ({"available": True, "cuda": "13.0", "capability": (9, 0)}, None)], ids=lambda value: str(value)[:40])
@@ -66,12 +67,17 @@ def test_reasons(facts, told, monkeypatch):
         if "driver" in facts:
             raise SfmpError(facts["driver"])
 
+    def capability(index):
+        if "capability" not in facts:
+            raise RuntimeError("forked\nmore")
+        return facts["capability"]
+
     monkeypatch.setattr(devices.driver, "current", current)
     monkeypatch.setattr(compiler, "missing_library", lambda: facts.get("library"))
     monkeypatch.setattr(torch.version, "cuda", facts["cuda"])
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(
         is_available=lambda: facts["available"], device_count=lambda: 1,
-        get_device_capability=lambda index: facts["capability"], get_device_name=lambda index: "a device"))
+        get_device_capability=capability, get_device_name=lambda index: "a device"))
     devices.why_not.cache_clear()
     found = devices.why_not()
     assert found is None if told is None else told in found

@@ -70,6 +70,24 @@ def test_look_up_kernel_keeps_its_sums_in_registers(capability, name, tmp_path):
     assert memory == 0 and registers <= 128 and shared == lut.shared_bytes(width, tokens)
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_compiler_made_two_exchanges_of_one(capability):
+    """Lanes that came different ways would wait in different places: 15 that halve 16 sums, 1 across, 4 of totals."""
+    assert compile_ptx(capability)["lut 8"].count("shfl.sync.bfly.b32") == 20
+
+
+@pytest.mark.parametrize("text,convergent", [("shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", True),
+                                             ("bar.warp.sync -1;", True), ("ld.shared.f32 $0, [$1];", False)])
+def test_instructions_of_a_warp_are_convergent(text, convergent):
+    from llvmlite import ir
+
+    from kernels_numba.gpu import ptx
+
+    function = ir.Function(ir.Module(), ir.FunctionType(ir.VoidType(), []), "f")
+    ptx._assembly(ir.IRBuilder(function.append_basic_block()), ir.VoidType(), text, "", [], effect=True)
+    assert ("() convergent" in str(function)) == convergent
+
+
 @pytest.mark.parametrize("kind,store", [("float16", "cvt.rn.f16.f32"), ("bfloat16", "cvt.rn.bf16.f32")])
 def test_sums_are_rounded_once(kind, store):
     ptx = compile_ptx((8, 0))[f"sum {kind}"]

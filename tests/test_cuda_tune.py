@@ -42,6 +42,7 @@ def test_the_entry_of_a_device_is_what_was_fastest(device, monkeypatch, tmp_path
     path = tmp_path / "launch.json"
     path.write_text(json.dumps(launch.table()))
     tune.main(["--rows", "64", "--columns", "128", "--output", str(path)])
+    assert device.counts["guard"] == 1, "everything is measured on the device that was named"
     table = json.loads(path.read_text())["devices"]
     assert table.pop(launch.DEFAULT) == launch.table()["devices"][launch.DEFAULT]
     entry = table.pop("NVIDIA stand-in")

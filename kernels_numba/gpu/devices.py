@@ -88,7 +88,10 @@ def why_not() -> str | None:
         return f"{build}; needs an NVIDIA GPU"
     if torch.version.cuda is None:
         return "torch was built for AMD devices; needs an NVIDIA GPU"
-    best = max(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    try:
+        best = max(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    except RuntimeError as error:  # a forked process, a device that is broken or taken
+        return f"CUDA does not start: {str(error).splitlines()[0]}"
     if best < LEAST:
         return f"compute capability {best[0]}.{best[1]}; needs {LEAST[0]}.{LEAST[1]} or newer"
     from kernels_numba.gpu.compile import missing_library

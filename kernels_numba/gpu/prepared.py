@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import struct
+import threading
 
 from kernels_numba.gpu import cubins
 from kernels_numba.gpu.compile import name_of
@@ -40,6 +41,7 @@ class Kernels:
         self.driver, self.device, self.capability, self.capturing = driver, device, capability, capturing
         self._handles: dict[tuple, int] = {}
         self._shared: dict[int, int] = {}  # kernel → most shared memory asked for
+        self._lock = threading.RLock()  # a thread that loads late must not take shared memory back
 
     def get(self, launch: Launch) -> int:
         """Return the handle of a kernel.
@@ -49,17 +51,17 @@ class Kernels:
         SfmpError
             It is not loaded yet and a graph is being captured, or it cannot be compiled or loaded.
         """
-        key = launch.make, launch.options, launch.types
-        handle = self._handles.get(key)
-        if handle is None:
-            name = name_of(launch)
-            self.forbid_capture(f"kernel {name}{launch.options} is not loaded on device {self.device}")
-            handle = self.driver.load(cubins.get(launch, self.capability), name)
-            self.driver.settle(handle, self.device, name)
-            self._handles[key] = handle
-        if launch.shared_bytes > self._shared.get(handle, 0):
-            self.driver.allow_shared(handle, launch.shared_bytes, self.device, name_of(launch))
-            self._shared[handle] = launch.shared_bytes
+        key, name = (launch.make, launch.options, launch.types), name_of(launch)
+        with self._lock:
+            handle = self._handles.get(key)
+            if handle is None:
+                self.forbid_capture(f"kernel {name}{launch.options} is not loaded on device {self.device}")
+                handle = self.driver.load(cubins.get(launch, self.capability), name)
+                self.driver.settle(handle, self.device, name)
+                self._handles[key] = handle
+            if launch.shared_bytes > self._shared.get(handle, 0):
+                self.driver.allow_shared(handle, launch.shared_bytes, self.device, name)
+                self._shared[handle] = launch.shared_bytes
         return handle
 
     def forbid_capture(self, what: str) -> None:

@@ -18,9 +18,13 @@ _VOID = ir.VoidType()
 
 
 def _assembly(builder, result, text, constraints, arguments, effect=False):
-    """Emit one instruction; `effect` keeps its place among memory accesses and barriers."""
+    """Emit one instruction; `effect` keeps its place among memory accesses and barriers.
+
+    Those of a whole warp are convergent: no compiler may make two of one, for lanes that came different ways.
+    """
     function = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(ir.InlineAsm(function, text, constraints, side_effect=effect), arguments)
+    return builder.call(ir.InlineAsm(function, text, constraints, side_effect=effect), arguments,
+                        attrs=("convergent",) if ".sync" in text else ())
 
 
 def _address(context, builder, kind, pointer, offset):

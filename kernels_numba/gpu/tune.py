@@ -105,13 +105,14 @@ def measure(rows: int, columns: int, bits: int, index: int) -> dict:
     """Return the entry of a device."""
     device, found = torch.device("cuda", index), devices.get(index)
     packed, entry, times = random_matrix(rows, columns, bits), {"warps": {}}, {}
-    for mode, choices in WARPS.items():
-        check.demand(index, mode)
-        entry["warps"][mode], times[f"{mode} warps"] = best(packed, mode, device, "warps", choices)
-    blocks = {wave * found.multiprocessors: wave for wave in WAVES}
-    chosen, times["lut blocks"] = best(packed, "lut", device, "blocks", blocks)
-    entry["waves"] = blocks[chosen]
-    entry["crossover"], times["tokens"] = crossover(packed, device, entry["warps"]["mma"])
+    with found.guard():  # graphs and events are of torch's current device
+        for mode, choices in WARPS.items():
+            check.demand(index, mode)
+            entry["warps"][mode], times[f"{mode} warps"] = best(packed, mode, device, "warps", choices)
+        blocks = {wave * found.multiprocessors: wave for wave in WAVES}
+        chosen, times["lut blocks"] = best(packed, "lut", device, "blocks", blocks)
+        entry["waves"] = blocks[chosen]
+        entry["crossover"], times["tokens"] = crossover(packed, device, entry["warps"]["mma"])
     entry["measured"] = {"shape": [rows, columns], "bits": bits, "torch": torch.__version__,
                          "cuda": torch.version.cuda, "microseconds": times}
     return entry
