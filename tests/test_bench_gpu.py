@@ -146,6 +146,18 @@ def test_copies_outgrow_the_cache():
     assert [settings.copies(size) for size in (100, 300, 999, 5000)] == [10, 4, 2, 2]
 
 
+def test_peers_that_tune_do_not_take_all_the_time(monkeypatch):
+    clock, tried = iter(range(0, 1000, 25)), []
+    monkeypatch.setattr(gpu_parts.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(gpu_parts, "wanted", lambda part, device: [])
+    monkeypatch.setattr(gpu_peers, "missing", lambda name, device: None)
+    monkeypatch.setattr(gpu_peers, "makers", lambda *_: dict.fromkeys(("torch float16", "gemlite 4", "gemlite 2")))
+    part = {"part": "batch", "shape": [64, 256], "batches": [1, 8], "copy_gbps": 1.0}
+    gpu_parts.timed(part, TINY, lambda name, make, peer: tried.append((name, peer[:9])))
+    assert tried == [("torch float16", ""), ("gemlite 4", ""), ("gemlite 2", ""), ("torch float16", ""),
+                     ("gemlite 4 8 tokens", "not tried"), ("gemlite 2 8 tokens", "not tried")]
+
+
 @pytest.mark.parametrize("name", ["torch float16", "torch bfloat16", "torch int4pack"])
 def test_peers_compute_what_their_weights_say(name):
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).half()

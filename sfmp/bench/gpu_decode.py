@@ -9,7 +9,6 @@ decodes a tiny model with the CPU kernels and without graphs, which shows that i
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 
 from sfmp.bench.cpu import describe, write
+from sfmp.bench.kernels import begin
 from sfmp.checks import SfmpError, integer
 
 BPW = (2.5, 3.0, 4.0)
@@ -26,7 +26,6 @@ COMPILE = {"cuda": (3.0,), "cpu": ()}
 SIZES = {"prompt_tokens": 32, "new_tokens": 64, "eager_tokens": 8, "rounds": 7}
 QUICK = {"prompt_tokens": 8, "new_tokens": 8, "eager_tokens": 4, "rounds": 2}
 SESSION_SECONDS, PART_SECONDS = 480, 400
-PACKAGES = ("numba-cuda", "cuda-bindings", "cuda-core", "triton")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,18 +105,8 @@ def measure(chosen: list[dict], settings: dict, path: Path, limit: float = SESSI
     SfmpError
         The file cannot be written: said before anything is measured.
     """
-    from sfmp import environment
-
     start = time.monotonic()
-    found = {"kind": "gpu decode", "command": ["python", "-m", "sfmp.bench", *sys.argv[1:]],
-             "date": time.strftime("%Y-%m-%d"), **environment.git_state(), "device": None,
-             "versions": {**environment.versions(), **_versions()}, "settings": settings, "ceilings": None,
-             "host": None, "absent": {}, "parts": []}
-    try:
-        write(found, path)
-    except OSError as error:
-        raise SfmpError(f"--out: expected a file that can be written, found {path} ({error}); choose another"
-                        ) from error
+    found = begin("gpu decode", settings, path)
     for part in chosen:
         spent = time.monotonic() - start
         if spent > limit:
@@ -150,16 +139,6 @@ def summary(rows: list[dict]) -> list[str]:
         words += [f"{row['tokens_per_second'] / max(dense):5.2f} x fp16"] if dense else []
         lines.append("  ".join(words))
     return lines
-
-
-def _versions():
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _measured(part, settings):

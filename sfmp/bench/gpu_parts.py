@@ -22,6 +22,7 @@ from sfmp.linear import SFMPLinear
 
 OUTLIER = 20.0  # standard deviations
 CPU_TABLE_WIDTH = 4
+TUNING_SECONDS = 60  # of a part, after which no further peer that is tuned or compiled at its first product is tried
 HOST_CALLS, HOST_CPU_CALLS, HOST_SAMPLES = 200, 3, 11
 
 Tell = Callable[[str], None]
@@ -37,10 +38,15 @@ def timed(part: dict, settings: Settings, attempt: Callable[..., None]) -> None:
         attempt(one.name, partial(_with_table if part["part"] == "width" else _plain, stock, one))
     if part["part"] == "width":
         return
+    start = time.monotonic()
     for tokens in part.get("batches", [1]):
         x = activations(tokens, part["shape"][1], settings.device)
         for name, make in gpu_peers.makers(*part["shape"], x, settings, part["copy_gbps"]).items():
-            attempt(name, make, peer=gpu_peers.missing(name, settings.device) or "")
+            why = gpu_peers.missing(name, settings.device)
+            if not why and not name.startswith("torch") and time.monotonic() - start > TUNING_SECONDS:
+                name = f"{name} {tokens} tokens"
+                why = f"not tried: the peers of {part['part']} had taken more than {TUNING_SECONDS} s"
+            attempt(name, make, peer=why or "")
 
 
 def _plain(stock, one):

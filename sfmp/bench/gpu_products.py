@@ -59,7 +59,6 @@ class DeviceCopies:
         products = [functools.partial(multiply, weight, bias) for weight in weights]
         return [functools.partial(_around, product, x, columns, rows) for product in products]
 
-
     def gather(self, x: torch.Tensor, **options) -> str:
         """Who orders activations: "fused", or "own kernel" where a launch before the product does."""
         from kernels_numba.gpu import mma_gather
@@ -114,7 +113,6 @@ class HostCopies:
             raise SfmpError(f"{', '.join(options)}: expected a CUDA device, found a processor; leave it out")
         products = [functools.partial(matmul, packed=packed, backend="cpu", mode=self._way) for packed in self._packed]
         return [functools.partial(_around, product, x, columns, rows) for product in products]
-
 
     def gather(self, x: torch.Tensor) -> str:
         """The CPU kernels read activations in order."""

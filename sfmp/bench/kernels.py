@@ -112,18 +112,8 @@ def measure(chosen: list[dict], settings: dict, path: Path, limit: float = SESSI
     SfmpError
         The file cannot be written: said before anything is measured.
     """
-    from sfmp import environment
-
     start = time.monotonic()
-    found = {"kind": "gpu kernels", "command": ["python", "-m", "sfmp.bench", *sys.argv[1:]],
-             "date": time.strftime("%Y-%m-%d"), **environment.git_state(), "device": None,
-             "versions": {**environment.versions(), **_versions()}, "settings": settings, "ceilings": None,
-             "compiled": None, "host": None, "absent": {}, "parts": []}
-    try:
-        write(found, path)
-    except OSError as error:
-        raise SfmpError(f"--out: expected a file that can be written, found {path} ({error}); choose another"
-                        ) from error
+    found = begin("gpu kernels", settings, path)
     with Worker(settings) as worker:
         before = [{"part": "ceilings"}]
         before += [{"part": "compile", "parts": chosen}] if settings["device"] == "cuda" else []
@@ -141,6 +131,28 @@ def measure(chosen: list[dict], settings: dict, path: Path, limit: float = SESSI
                 flush=True)
             for line in summary(result.get("rows", []), found["ceilings"]):
                 log(f"          {line}", flush=True)
+    return found
+
+
+def begin(kind: str, settings: dict, path: Path) -> dict:
+    """A result without parts, written once: a file that cannot be written is said before anything is measured.
+
+    Raises
+    ------
+    SfmpError
+        The file cannot be written.
+    """
+    from sfmp import environment
+
+    found = {"kind": kind, "command": ["python", "-m", "sfmp.bench", *sys.argv[1:]],
+             "date": time.strftime("%Y-%m-%d"), **environment.git_state(), "device": None,
+             "versions": {**environment.versions(), **_versions()}, "settings": settings, "ceilings": None,
+             "compiled": None, "host": None, "absent": {}, "parts": []}
+    try:
+        write(found, path)
+    except OSError as error:
+        raise SfmpError(f"--out: expected a file that can be written, found {path} ({error}); choose another"
+                        ) from error
     return found
 
 
