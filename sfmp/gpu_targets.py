@@ -8,6 +8,7 @@ Source: CUDA.md sections 3.3 and 6.
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from sfmp.bench.gpu_model import packed_bytes, predicted_us
@@ -87,7 +88,8 @@ def targets(products: pd.DataFrame, errors: pd.DataFrame, decoded: pd.DataFrame,
     least = pd.DataFrame(found, columns=["target", "of", "required", "measured"]).astype({"measured": float})
     most = []
     for mode in ("mma", "lut"):
-        wrong = [frame.error[(frame["mode"] == mode) & (frame.dtype == "float16") & own].astype(float)
+        # A result that is no finite number has no error: it counts as wrong without bound.
+        wrong = [frame.error[(frame["mode"] == mode) & (frame.dtype == "float16") & own].fillna(np.inf).astype(float)
                  for frame, own in ((errors, True), (products, products.family == "sfmp"))]
         called = host.host_us[host.call == f"{CALL} {mode}"].astype(float)
         most += [(ERROR, mode, ERROR_MOST, pd.concat(wrong).max()), (HOST, mode, HOST_MOST, called.max())]
@@ -107,8 +109,9 @@ def _worst(rows, shape, mode, bits, column):
 
 
 def _decoded(decoded):
-    """Best of our rows of the 8B model at 3 bits under a graph: with fused matrices or without."""
+    """Best of our rows of the whole 8B model at 3 bits under a graph: fused or not, compiled by torch or not."""
     mine = decoded[decoded.weights.astype(str).str.startswith("sfmp") & decoded.bpw.isin(DECODE_BPW)
+                   & (decoded.layers == decoded.full_layers)
                    & decoded.model.astype(str).str.lower().str.contains(DECODE_MODEL, regex=False)]
     found = mine.times_fp16.dropna().astype(float)
     return float(found.max()) if len(found) else None

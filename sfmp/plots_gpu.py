@@ -114,7 +114,7 @@ def gpu_kernels(products: pd.DataFrame, batches: pd.DataFrame, widths: pd.DataFr
         Tables of :mod:`sfmp.tables_gpu`; each may be empty, and its panel then says so.
     """
     most = _peer_rows(products)
-    figure, axes = plt.subplots(2, 2, figsize=(PAGE, max(3.4, 2.6 + 0.11 * len(most))))
+    figure, axes = plt.subplots(2, 2, figsize=(PAGE, max(3.4, 3 + 0.16 * len(most))))
     (peers, tokens), (tables, decode) = axes
     peers.set_title("one token" if most.empty else f"one token, {most['shape'].iloc[0]}")
     tokens.set_title("tokens of a product, 3 bits")
@@ -135,8 +135,8 @@ def _nothing(ax, text, height):
 
 
 def _peer_rows(products):
-    """Ours and the peers on the largest shape, the fastest last."""
-    mine = products.index.isin(ours(products).index)
+    """Ours with float16 activations and the peers on the largest shape, the fastest last."""
+    mine = products.index.isin(ours(products).index) & (products.dtype == "float16")
     rows = products[mine | (products.family != "sfmp")].dropna(subset=["times_fp16"])
     if rows.empty:
         return rows
@@ -148,7 +148,7 @@ def _peers(ax, rows):
     colours = [_FAMILIES.get(family, (family, _INK[8]))[1] for family in rows.family]
     ax.barh(range(len(rows)), rows.times_fp16, color=colours, height=0.75)
     ax.set_yticks(range(len(rows)), rows.name, fontsize=5.5)
-    ax.set(xlabel="speed, torch float16 = 1", ylim=(-0.6, len(rows) - 0.4))
+    ax.set(xlabel="speed, torch float16 = 1", xlim=(0, 1.2 * rows.times_fp16.max()), ylim=(-0.6, len(rows) - 0.4))
     ax.grid(axis="y", visible=False)
     found = [family for family in _FAMILIES if family in set(rows.family)]
     marks = [plt.Rectangle((0, 0), 1, 1, color=_FAMILIES[family][1]) for family in found]
@@ -165,12 +165,13 @@ def _batches(ax, rows):
     ax.axhline(1, color="0.25", linestyle=":", linewidth=1, label="torch float16")
     ticks = sorted(rows.tokens.unique())
     ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="speed, torch float16 = 1")
+    ax.set_ylim(bottom=rows.times_fp16.min() / 8)  # room for the legend
     ax.set_xticks(ticks, [f"{count:g}" for count in ticks], fontsize=6)
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5, 1, 2, 5]))
+    ax.yaxis.set_major_locator(FixedLocator([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.legend(fontsize=6)
+    ax.legend(fontsize=6, loc="lower left")
 
 
 def _widths(ax, rows):
@@ -190,7 +191,7 @@ def _decode(ax, rows):
     rows = rows[rows.model == rows.model.iloc[0]]
     rows = rows[rows.graph == rows.graph.any()].reset_index(drop=True)  # without graphs only where there are none
     labels = [" ".join(filter(None, [row.weights, "" if pd.isna(row.bpw) else f"{row.bpw:g} bpw",
-                                     "fused" if row.fused else ""]))
+                                     "fused" if row.fused else "", "compiled" if row.compiled is True else ""]))
               for row in rows.itertuples()]
     colours = [_FAMILIES["sfmp" if weights.startswith("sfmp") else "torch"][1] for weights in rows.weights]
     ax.barh(-rows.index, rows.tokens_per_second, color=colours, height=0.75)

@@ -18,7 +18,7 @@ from sfmp.gpu_evidence import rows_of, shape_of
 DENSE_BITS = 16
 OWN_GATHERS = ("fused", "own kernel")  # not torch around the product; where a matrix was measured with both, the first
 WORDS = {"shape", "name", "family", "mode", "layout", "gather", "dtype", "way", "activations", "model", "weights"}
-FLAGS = {"natural", "fused", "graph", "random"}
+FLAGS = {"natural", "fused", "graph", "compiled", "random"}
 SHOWN = ["shape", "tokens", "name", "family", "mode", "bits", "layout", "natural", "gather", "dtype", "us", "us_p10",
          "us_p90", "eager_us", "host_us", "packed_bytes", "gigabytes_per_second", "of_copy", "times_fp16", "times_int4",
          "predicted_us", "of_predicted", "error", "samples"]
@@ -28,8 +28,8 @@ REORDERING = ["shape", "mode", "dtype", "bits", "gather", "natural_us", "us", "s
 CROSSOVERS = ["shape", "way", "bits", "faster_than_fp16", "fastest_way", "measured", "crossed"]
 WIDTHS = [*SHOWN, "table_width", "group_size", "table_bytes"]
 ACCURACY = ["shape", "mode", "bits", "dtype", "activations", "error"]
-DECODING = ["model", "weights", "bpw", "fused", "graph", "random", "layers", "full_layers", "tokens_per_second",
-            "times_fp16", "gigabytes_per_second", "weight_bytes", "peak_bytes", "samples"]
+DECODING = ["model", "weights", "bpw", "fused", "graph", "compiled", "random", "layers", "full_layers",
+            "tokens_per_second", "times_fp16", "gigabytes_per_second", "weight_bytes", "peak_bytes", "samples"]
 
 
 def _described(evidence, part, row, rows):
@@ -206,7 +206,7 @@ def crossovers(table: pd.DataFrame) -> pd.DataFrame:
     -------
     pandas.DataFrame
         `shape, way, bits, faster_than_fp16` (0: at none), `fastest_way` (tokens at which it is the fastest of ours),
-        `measured` (largest number of tokens), `crossed` (float16 is faster at some larger one).
+        `measured` (largest number of tokens), `crossed` (a lead at few tokens is lost at some larger number).
     """
     found, rows = [], table[(table.family == "sfmp") & table.way.notna()]
     fastest = rows.groupby(["shape", "bits", "tokens"]).us.transform("min")
@@ -216,7 +216,7 @@ def crossovers(table: pd.DataFrame) -> pd.DataFrame:
         ahead = (part.times_fp16 > 1).cummin()
         last, most = int(part.tokens[ahead].max()) if ahead.any() else 0, int(part.tokens.max())
         won = " ".join(f"{count:g}" for count in part.tokens[part.fastest])
-        found.append((shape, way, bits, last, won, most, last < most))
+        found.append((shape, way, bits, last, won, most, 0 < last < most))
     return pd.DataFrame(found, columns=CROSSOVERS)
 
 

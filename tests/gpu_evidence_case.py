@@ -93,7 +93,7 @@ def kernels():
     host = {f"kernels_numba.matmul {mode}": {"median_us": us, "samples_us": [us] * 3} for mode, us in
             (("mma", 4.0), ("lut", 8.0))}
     return {"kind": "gpu kernels", "command": ["synthetic"], "date": "2000-01-01", "commit": "none", "dirty": False,
-            "device": device(), "versions": {"torch": "0"}, "settings": {"rounds": 3}, "host": host,
+            "device": device(), "versions": {"torch": "0"}, "settings": {"rounds": 31}, "host": host,
             "ceilings": {"copy_gbps": COPY_GBPS, "read_gbps": 4200.0, "matmul_tflops": 700.0},
             "absent": {"gemlite 4": "gemlite not installed"},
             "parts": [*map(product, SHAPES), batch(SHAPES[1]), width(SHAPES[1]), accuracy(SHAPES[0]),
@@ -106,10 +106,11 @@ def decode():
     for weights, bpw, fused, speed in (("torch fp16", None, False, 200.0), ("sfmp mma", 3.0, False, 500.0),
                                        ("sfmp mma", 3.0, True, 600.0), ("sfmp mma", 2.5, True, 900.0),
                                        ("sfmp lut", 3.0, True, 300.0)):
-        rows += [{"name": weights, "weights": weights, "bpw": bpw, "fused": fused, "graph": graph, "random": True,
-                  "layers": 32, "full_layers": 32, "tokens": 64, "tokens_per_second": speed * (1 if graph else 0.25),
-                  "seconds_per_token": [1 / speed] * 3, "gigabytes_per_second": 1000.0, "weight_bytes": 10**9,
-                  "peak_bytes": 2 * 10**9} for graph in (False, True)]
+        rows += [{"name": weights, "weights": weights, "bpw": bpw, "fused": fused, "graph": graph, "compiled": False,
+                  "random": True, "layers": 32, "full_layers": 32, "tokens": 64,
+                  "tokens_per_second": speed * (1 if graph else 0.25), "seconds_per_token": [1 / speed] * 3,
+                  "gigabytes_per_second": 1000.0, "weight_bytes": 10**9, "peak_bytes": 2 * 10**9}
+                 for graph in (False, True)]
     return {"kind": "gpu decode", "command": ["synthetic"], "date": "2000-01-01", "commit": "none", "dirty": False,
             "device": device(), "versions": {"torch": "0"}, "settings": {"rounds": 7}, "ceilings": None, "host": None,
             "absent": {}, "parts": [{"part": "decode", "model": "Llama-3.1-8B", "layers": 32, "rows": rows, "absent": {

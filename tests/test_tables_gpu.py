@@ -126,6 +126,7 @@ def test_crossovers(evidence):
     assert found.loc["lut", "faster_than_fp16"] == 2 and found.loc["lut", "crossed"]
     assert found.loc["mma", "fastest_way"] == "1 2 4 8 16" and not found.loc["mma", "crossed"]
     assert found.loc["dequantize", "faster_than_fp16"] == 0 and (found.measured == 16).all()
+    assert not found.loc["dequantize", "crossed"], "what was never ahead loses no lead"
     per_token = named(tables.batches(evidence), "way", "tokens").us_per_token
     assert per_token["mma", 8] == pytest.approx(per_token["mma", 1] / 8)
 
@@ -157,6 +158,25 @@ def test_targets_say_what_was_missed(evidence):
     assert fours.margin == pytest.approx(fours.measured) and fours.required == 1
 
 
+def test_targets_need_finite_results_and_the_whole_model(evidence):
+    evidence["kernels"]["parts"][0]["rows"][3]["error"] = None  # of "mma 2 blocks fused"
+    evidence["decode"]["parts"][0]["rows"][5].update(layers=2)  # the fastest at 3 bits
+    found = named(all_tables(evidence)["targets"], "target", "of")
+    assert evidence["kernels"]["parts"][0]["rows"][3]["mode"] == "mma"
+    assert found.loc[(gpu_targets.ERROR, "mma"), "margin"] == 0 < found.loc[(gpu_targets.ERROR, "lut"), "margin"]
+    assert found.loc[(gpu_targets.DECODE, "Llama-3.1-8B"), "measured"] == pytest.approx(2.5)
+    for row in evidence["decode"]["parts"][0]["rows"]:
+        row.update(layers=2)
+    assert np.isnan(named(all_tables(evidence)["targets"], "target").measured[gpu_targets.DECODE])
+
+
+def test_what_failed_takes_nothing_else_along(evidence):
+    before = tables.products(evidence)
+    evidence["kernels"]["parts"][0]["failed"] = ["lut 8 blocks: out of memory"]
+    pd.testing.assert_frame_equal(tables.products(evidence), before)
+    assert any("out of memory" in why for why in gpu_evidence.not_measured(evidence).why)
+
+
 def test_predictions_are_those_of_the_design():
     found = named(gpu_targets.predictions(), "shape", "bits")
     assert found.loc[("14336×4096", 3.0), "predicted_us"] == pytest.approx(8.4, abs=0.05)
@@ -185,8 +205,8 @@ def test_what_failed_is_told_and_left_out(evidence):
     assert any("OutOfMemory" in reason for reason in why)
     assert "6144×4096" not in set(tables.products(evidence)["shape"])
     told = named(gpu_evidence.conditions(evidence), "file", "what").value
-    assert told["kernels", "device"] == "NVIDIA H200" and told["kernels", "quick"].startswith("yes")
-    assert told["decode", "quick"] == "no" and told["kernels", "gemlite"] == "not installed"
+    assert told["kernels", "device"] == "NVIDIA H200" and told["kernels", "quick"] == "no"
+    assert told["kernels", "gemlite"] == "not installed"
 
 
 def test_a_notebook_reads_what_is_committed_or_what_it_is_given(tmp_path, monkeypatch):
@@ -222,6 +242,7 @@ def test_figures_with_evidence_show_every_series(evidence):
     peers, tokens, widths, decode = whole.axes
     names = [text.get_text() for text in peers.get_yticklabels()]
     assert names[0] == "torch float16" and "triton 4" in names and not any("natural" in name for name in names)
+    assert not any("bfloat16" in name for name in names if name.startswith(("mma", "lut")))
     assert [bar.get_width() for bar in decode.patches] == pytest.approx([200, 500, 600, 900, 300]), "under graphs"
     labels = {line.get_label() for line in tokens.get_lines()}
     assert {"lut (look-ups)", "mma (tensor cores)", "torch float16"} <= labels
@@ -263,6 +284,17 @@ def test_claims_about_a_gpu_are_judged_on_evidence(evidence):
     elsewhere = judged(evidence).verdict
     assert elsewhere["C96"].startswith("not-run (e4_gpu_targets has no margin") and elsewhere["C98"] == "replicated"
     assert elsewhere["C102"] == "replicated", "errors are asked of any device"
+
+
+def test_claims_stay_open_where_values_are_missing_and_after_quick_runs(evidence):
+    first = evidence["kernels"]["parts"][0]
+    first["rows"] = [row for row in first["rows"] if row["name"] != "torch float16"]
+    ledger = judged(evidence).verdict
+    assert ledger["C96"] == "not-run (1 of 4 values were not measured)" and ledger["C95"] == "replicated"
+    evidence["kernels"]["settings"]["rounds"] = 5
+    told = named(gpu_evidence.conditions(evidence), "file", "what").value
+    assert told["kernels", "quick"].startswith("yes")
+    assert (judged(evidence).verdict[GPU_CLAIMS] == f"not-run ({claims.QUICK_GPU_EVIDENCE})").all()
 
 
 def test_kernels_alone_leave_decoding_open(evidence):
