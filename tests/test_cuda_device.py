@@ -85,13 +85,34 @@ def test_product_is_right_and_repeats(name, generator, poisoned):
         assert torch.equal(weight.enqueue(x.cuda(), bias), y) or tokens >= weight._device.settings.crossover
 
 
-@pytest.mark.parametrize("kind", ("float16", "bfloat16"))
-@pytest.mark.parametrize("tokens", (1, 7, 200))
-def test_dequantized_panels_are_right(kind, tokens, generator, poisoned):
+@pytest.mark.parametrize("name", test_cuda_mma.HARD)
+def test_numbers_that_float16_cannot_hold(name, generator, poisoned):
+    """The simulator's cases: one activation of the last token may be infinite or no number, which spoils that token."""
+    from kernels_numba.gpu.weight import make_weight
+
+    case = {**test_cuda_mma.BASE, **test_cuda_mma.HARD[name]}
+    packed = packed_case(int(generator.integers(1 << 30)), **{key: case[key] for key in SHAPE_KEYS if key in case})
+    weight = make_weight(packed, "mma", torch.device("cuda", 0), warps=case["warps"], gather=case["gather"])
+    x = _x(generator, case["tokens"], packed.shape[1]).double() * case.get("magnitude", 1.0)
+    x = x.to(getattr(torch, case["kind"]))
+    if "spoiled" in case:
+        x[-1, packed.shape[1] // 2] = float(case["spoiled"])
+    y = weight.through_codes(x.cuda(), None)
+    if "spoiled" in case:
+        assert not y[-1].isfinite().any()
+        x, y = x[:-1], y[:-1]
+    assert _error(y, _expected(x, packed)) <= _bound(case["kind"], packed.shape[1])
+
+
+@pytest.mark.parametrize("workspace", (1 << 18, 1 << 29))  # a few panels, and the whole matrix
+@pytest.mark.parametrize("group_size", (32, 64, 96, 128, 256))
+@pytest.mark.parametrize("tokens,kind", ((1, "float16"), (7, "bfloat16"), (200, "float16")))
+def test_dequantized_panels_are_right(tokens, kind, group_size, workspace, generator, poisoned, monkeypatch):
     from kernels_numba.gpu import panels
     from kernels_numba.gpu.weight import make_weight
 
-    packed = packed_case(int(generator.integers(1 << 30)), rows=700, cols=1000, group_size=128, block_rows=256,
+    monkeypatch.setattr(panels, "WORKSPACE_BYTES", workspace)
+    packed = packed_case(int(generator.integers(1 << 30)), rows=700, cols=1000, group_size=group_size, block_rows=256,
                          bias=True)
     weight = make_weight(packed, "mma", torch.device("cuda", 0))
     x = _x(generator, tokens, 1000, kind)

@@ -126,9 +126,15 @@ def test_the_check_compares_numbers(factor, told, monkeypatch):
 
     monkeypatch.setattr(check, "make_weight", lambda packed, mode, where: Weight(packed))
     monkeypatch.setattr(check.panels, "multiply", lambda weight, x, y, bias: y.copy_(weight.enqueue(x, bias)))
+    monkeypatch.setattr(devices, "wrong", set())
+    monkeypatch.setattr(devices, "why_not", lambda: None)
+    monkeypatch.setattr(devices, "offered", lambda: "a device")
     for mode in ("mma", "lut"):
         found = check.verdict.__wrapped__(0, mode)
         assert found is None if told is None else (f"stand-in, mode {mode}: expected relative errors" in found)
+    said = kernels_numba.available()["cuda"]
+    assert said.startswith("yes: a device; modes mma, lut")
+    assert ("but mode lut failed its check on device 0; but mode mma failed" in said) == bool(told)
     if told:
         assert re.search(told, found)
 

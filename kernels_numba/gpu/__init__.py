@@ -40,8 +40,11 @@ from __future__ import annotations
 
 
 def available() -> str:
-    """Return "yes: devices, modes" or "no: why" for `kernels_numba.available`."""
+    """Return "yes: devices, modes, checks that failed so far" or "no: why" for `kernels_numba.available`."""
     from kernels_numba.gpu import devices
 
     why = devices.why_not()
-    return f"no: {why}" if why else f"yes: {devices.offered()}; modes mma, lut"
+    if why:
+        return f"no: {why}"
+    wrong = "".join(f"; but mode {mode} failed its check on device {index}" for index, mode in sorted(devices.wrong))
+    return f"yes: {devices.offered()}; modes mma, lut{wrong}"

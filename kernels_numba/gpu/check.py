@@ -71,9 +71,11 @@ def verdict(index: int, mode: str) -> str | None:
         try:
             errors = relative_errors(index, mode)
         except SfmpError as error:
+            devices.wrong.add((index, mode))
             return str(error)
     if all(error <= LIMIT for error in errors.values()):
         return None
+    devices.wrong.add((index, mode))
     told = ", ".join(f"{name}: {error:.2g}" for name, error in errors.items())
     return (f"{device.name}, mode {mode}: expected relative errors of at most {LIMIT:.2g} from a matrix of "
             f"{SHAPE[0]} × {SHAPE[1]}, found {told}")

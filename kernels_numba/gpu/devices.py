@@ -8,6 +8,7 @@ import functools
 from kernels_numba.gpu import driver, launch
 from kernels_numba.gpu.prepared import Kernels
 
+wrong: set[tuple[int, str]] = set()  # (device, mode) whose first products were not right, see `check`
 LEAST = (8, 0)  # compute capability: bfloat16 conversions and tensor-core tiles of 16 × 8 × 16
 
 
