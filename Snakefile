@@ -88,25 +88,19 @@ rule calibration:
     resources: mem_mb=HEAVY, gpu=GPU
     shell: RUN_NOTEBOOK
 
-rule salience:
+use rule calibration as salience with:
     input: notebook=shared.notebook("salience"), windows=shared.windows("calibration"), weights=shared.weights
     output:
         salience=f"{R}/salience/{{model}}.{{source}}.safetensors",
         timing=f"{R}/timing/salience/{{model}}.{{source}}.json",
     log: **shared.logs("salience/{model}.{source}")
     params: **shared.params("salience")
-    threads: HEAVY_THREADS
-    resources: mem_mb=HEAVY, gpu=GPU
-    shell: RUN_NOTEBOOK
 
-rule reordering:
+use rule calibration as reordering with:
     input: notebook=shared.notebook("reordering"), salience=f"{R}/salience/{MODEL}.fisher.safetensors"
     output: salience_before_after=figure("salience_before_after"), concentration=table("concentration")
     log: **shared.logs("reordering")
     params: **shared.params("reordering")
-    threads: HEAVY_THREADS
-    resources: mem_mb=HEAVY, gpu=GPU
-    shell: RUN_NOTEBOOK
 
 use rule reordering as allocation with:
     input:
@@ -120,7 +114,7 @@ use rule reordering as allocation with:
     log: **shared.logs("allocation")
     params: **shared.params("allocation")
 
-rule quantization:
+use rule calibration as quantization with:
     input:
         unpack(shared.salience), notebook=shared.notebook("quantization"),
         windows=shared.windows("calibration"), weights=shared.weights,
@@ -130,22 +124,16 @@ rule quantization:
     log: **shared.logs("quantization/{run}")
     params: **shared.params("quantization")
     wildcard_constraints: run=shared.one_of(design.planned)
-    threads: HEAVY_THREADS
-    resources: mem_mb=HEAVY, gpu=GPU
-    shell: RUN_NOTEBOOK
 
 # AMQ's search serves every budget, so it is done once. What others wait for goes first: the search, then the rivals.
-rule search:
+use rule calibration as search with:
     input: notebook=shared.notebook("search"), windows=shared.windows("calibration"), weights=shared.weights
     output: search=f"{R}/search/{{model}}.json", timing=f"{R}/timing/search/{{model}}.json"
     log: **shared.logs("search/{model}")
     params: **shared.params("search")
     priority: 2
-    threads: HEAVY_THREADS
-    resources: mem_mb=HEAVY, gpu=GPU
-    shell: RUN_NOTEBOOK
 
-rule rival:
+use rule calibration as rival with:
     input:
         unpack(shared.salience), unpack(shared.search), notebook=shared.notebook("rival"),
         windows=shared.windows("calibration"), weights=shared.weights,
@@ -157,9 +145,6 @@ rule rival:
     params: **shared.params("rival")
     priority: 1
     wildcard_constraints: run=shared.one_of(design.rivals)
-    threads: HEAVY_THREADS
-    resources: mem_mb=HEAVY, gpu=GPU
-    shell: RUN_NOTEBOOK
 
 use rule reordering as packing with:
     input: notebook=shared.notebook("packing"), checkpoint=f"{R}/models/{SHOWCASE}"
@@ -169,7 +154,9 @@ use rule reordering as packing with:
 
 use rule packing as lut_gemm with:
     input: notebook=shared.notebook("lut_gemm"), checkpoint=f"{R}/models/{SHOWCASE}"
-    output: lut_gemm=table("lut_gemm")
+    output:
+        lut_gemm=table("lut_gemm"), lut_gemm_simulated=table("lut_gemm_simulated"),
+        lut_gemm_traffic=table("lut_gemm_traffic"), memory_traffic=figure("memory_traffic"),
     log: **shared.logs("lut_gemm")
     params: **shared.params("lut_gemm")
 
@@ -179,16 +166,13 @@ use rule packing as model_integration with:
     log: **shared.logs("model_integration")
     params: **shared.params("model_integration")
 
-rule evaluation:
+use rule calibration as evaluation with:
     input:
         unpack(shared.checkpoint), notebook=shared.notebook("evaluation"),
         windows=shared.windows("evaluation"), weights=shared.weights,
     output: eval=f"{R}/eval/{{run}}.json"
     log: **shared.logs("evaluation/{run}")
     params: **shared.params("evaluation")
-    threads: HEAVY_THREADS
-    resources: mem_mb=HEAVY, gpu=GPU
-    shell: RUN_NOTEBOOK
 
 use rule overview as e1 with:
     input:
@@ -228,6 +212,21 @@ use rule e1 as e4_cpu with:
         kernel_accuracy=figure("kernel_accuracy"), table_width=figure("table_width"), decode_speed=figure("decode_speed"),
     log: **shared.logs("e4_cpu")
     params: **shared.params("e4_cpu")
+
+# Shows what was measured on a GPU, nothing where nothing was; on a machine with a GPU it also measures, for its log only.
+use rule e1 as e4_gpu with:
+    input: unpack(shared.gpu_evidence), notebook=shared.notebook("e4_gpu")
+    output:
+        e4_gpu_conditions=table("e4_gpu_conditions"), e4_gpu_products=table("e4_gpu_products"),
+        e4_gpu_fits=table("e4_gpu_fits"), e4_gpu_layouts=table("e4_gpu_layouts"),
+        e4_gpu_reordering=table("e4_gpu_reordering"), e4_gpu_batches=table("e4_gpu_batches"),
+        e4_gpu_crossovers=table("e4_gpu_crossovers"), e4_gpu_widths=table("e4_gpu_widths"),
+        e4_gpu_accuracy=table("e4_gpu_accuracy"), e4_gpu_host=table("e4_gpu_host"),
+        e4_gpu_decoding=table("e4_gpu_decoding"), e4_gpu_predictions=table("e4_gpu_predictions"),
+        e4_gpu_targets=table("e4_gpu_targets"), gpu_bits=figure("gpu_bits"), gpu_kernels=figure("gpu_kernels"),
+    log: **shared.logs("e4_gpu")
+    params: **shared.params("e4_gpu")
+    resources: mem_mb=HEAVY, gpu=GPU
 
 # What reads clocks stays out of tables/ and figures/, which are the same to the byte in every run.
 rule e5:

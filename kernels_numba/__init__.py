@@ -12,7 +12,6 @@ __all__ = ["available", "matmul"]
 
 BACKENDS = ("cuda", "cpu", "reference")  # best first
 MODES = {"reference": ("exact", "lut"), "cpu": ("lut16", "lut8", "exact"), "cuda": ("lut", "mma")}
-_NOT_BUILT = "no: its kernels are not part of this version"
 
 
 def available() -> dict[str, str]:
@@ -23,10 +22,15 @@ def available() -> dict[str, str]:
     >>> available()["reference"].startswith("yes")
     True
     """
-    from kernels_numba import cpu
+    return {backend: _available(backend) for backend in BACKENDS}
 
-    reference = "yes: dequantize, then multiply with torch; any device"
-    return {"cuda": _NOT_BUILT, "cpu": cpu.available(), "reference": reference}
+
+def _available(backend: str) -> str:
+    from kernels_numba import cpu, gpu
+
+    if backend == "reference":
+        return "yes: dequantize, then multiply with torch; any device"
+    return {"cuda": gpu, "cpu": cpu}[backend].available()
 
 
 def matmul(x, packed, backend: str = "auto", mode: str | None = None):
@@ -38,12 +42,13 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
         On the device of `packed`.
     packed : PackedMatrix or SFMPLinear
     backend : {"auto", "reference", "cpu", "cuda"}
-        "auto" takes the first of cuda, cpu, reference that can run here, has the mode and suits the tensors: cpu is
-        for float32, bfloat16 and float16 on the CPU, and not inside `sfmp.linear.keep_dequantized`, whose kept
-        weights the reference multiplies without repacking.
+        "auto" takes the first of cuda, cpu, reference that can run here, has the mode and suits the tensors: cuda is
+        for x and weight on one CUDA device, cpu for both on the CPU, in float32, bfloat16 and float16, and neither
+        inside `sfmp.linear.keep_dequantized`, whose kept weights the reference multiplies without repacking. A device
+        whose first products are wrong (`kernels_numba.gpu.check`) gets the reference, and one warning.
     mode : str or None
         reference: "exact" (default) or "lut" (the NumPy oracle of `kernels_numba.reference`, slow);
-        cpu: "lut16", "lut8", "exact"; cuda: "lut", "mma".
+        cpu: "lut16", "lut8", "exact"; cuda: "mma" (default of float16 and bfloat16) or "lut" (of float32).
 
     Returns
     -------
@@ -80,9 +85,11 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
     if mode is not None and mode not in MODES[backend]:
         raise SfmpError(f"mode: expected one of {', '.join(MODES[backend])} for backend {backend}, found "
                         f"{mode!r}; leave it None for the default")
-    if not available()[backend].startswith("yes"):
-        raise SfmpError(f"backend: expected one that can run here, found {backend} ({available()[backend]}); "
-                        "use backend='auto'")
+    can = _available(backend)
+    if not can.startswith("yes"):
+        raise SfmpError(f"backend: expected one that can run here, found {backend} ({can}); use backend='auto'")
+    if backend == "cuda":
+        return _on_device(x, packed, mode, requested)
     if backend == "cpu":
         from kernels_numba.cpu import product
 
@@ -95,12 +102,35 @@ def matmul(x, packed, backend: str = "auto", mode: str | None = None):
     return reference.matmul(x, packed, mode or "exact")
 
 
+def _on_device(x, packed, mode, requested):
+    """The product on a CUDA device, which prepares what later ones of a layer need."""
+    import torch
+
+    from kernels_numba.gpu import product
+    from sfmp.checks import SfmpError
+
+    if not isinstance(x, torch.Tensor):
+        raise SfmpError("x: expected a tensor on a CUDA device for backend cuda, found an array; use torch.from_numpy")
+    y = product.matmul(x, packed, mode)
+    if x.dtype != torch.float64:
+        used = product.weight(packed, x.device, mode, x.dtype)
+        packed.derived()["ready"] = *requested, used, mode, *packed.source()
+    return y
+
+
 def _suits(backend: str, x, packed, mode: str | None) -> bool:
     """Whether "auto" may take a backend."""
-    if not available()[backend].startswith("yes") or (mode is not None and mode not in MODES[backend]):
+    if mode is not None and mode not in MODES[backend]:
         return False
-    if backend != "cpu":
+    if backend == "reference":
         return True
-    kind = str(x.dtype).removeprefix("torch.")
-    on_cpu = str(getattr(x, "device", "cpu")) == str(packed.device) == "cpu"
-    return on_cpu and kind in ("float32", "bfloat16", "float16") and "keep" not in packed.cache
+    kind, device = str(x.dtype).removeprefix("torch."), str(getattr(x, "device", "cpu"))
+    if (device.partition(":")[0] != backend or device != str(packed.device) or "keep" in packed.cache
+            or kind not in ("float16", "bfloat16", "float32") or (mode == "mma" and kind == "float32")
+            or not _available(backend).startswith("yes")):
+        return False
+    if backend == "cpu":
+        return True
+    from kernels_numba.gpu import check
+
+    return check.trusted(x.device.index, mode or ("lut" if kind == "float32" else "mma"))

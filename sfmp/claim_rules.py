@@ -157,9 +157,9 @@ def control_first(tables, *, table, metric="perplexity"):
     return outcome(verdict, f"{good}/{len(others)} quantized runs have {metric} >= the control's")
 
 
-def all_true(tables, *, table, column):
+def all_true(tables, *, table, column, where=None):
     """Is every entry of a yes/no column true?"""
-    frame = tables.get(table, pd.DataFrame())
+    frame = rows(tables.get(table, pd.DataFrame()), where or {})
     if frame.empty or column not in frame:
         return outcome("not-run", "", f"{table} has no column {column}")
     good = int(frame[column].astype(str).str.lower().eq("true").sum())

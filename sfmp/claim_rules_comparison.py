@@ -118,12 +118,17 @@ def within_ratio(tables, *, table, better, worse, limit, metric="perplexity"):
     return outcome(verdict, f"{good}/{len(ratio)} within {100 * limit:g} %; {shown}")
 
 
-def at_least(tables, *, table, column, limit, where):
-    """Is `column` at least `limit` in every row of `where`? direction-only if on average."""
+def at_least(tables, *, table, column, limit, where, whole=False):
+    """Is `column` at least `limit` in every row of `where`? direction-only if on average.
+
+    If `whole`, the claim stays open while a row has no value; else such rows do not count.
+    """
     frame = rows(tables.get(table, pd.DataFrame()), where)
     values = frame[column].dropna() if column in frame else pd.Series(dtype=float)
     if values.empty:
         return outcome("not-run", "", f"{table} has no {column} of {', '.join(map(_text, where.values()))}")
+    if whole and len(values) < len(frame):
+        return outcome("not-run", "", f"{len(frame) - len(values)} of {len(frame)} values were not measured")
     good = int((values >= limit).sum())
     verdict = "replicated" if good == len(values) else "direction-only" if values.mean() >= limit else "not-replicated"
     shown = f"mean {values.mean():.3f}, lowest {values.min():.3f}"

@@ -20,6 +20,8 @@ from sfmp.checks import SfmpError
 from sfmp.claim_rules import VERDICTS, control_first, outcome
 
 RULES = claim_rules.RULES | claim_rules_comparison.RULES
+NO_GPU_EVIDENCE = "no GPU evidence in results/reference/gpu; `python -m sfmp.bench kernels` makes it"
+QUICK_GPU_EVIDENCE = "GPU evidence of a quick run; measure without --quick"
 
 COLUMNS = [
     "claim",
@@ -129,20 +131,33 @@ def evaluate(claims, tables: Mapping[str, pd.DataFrame], paper: pd.DataFrame) ->
     -----
     Controls first: where the main table has no fp row, nothing measured can be judged, and every rule that
     reads tables returns ``not-run (no fp control)``. A claim whose control is beaten by a quantized run is
-    shown by its own row.
+    shown by its own row. Claims that need a GPU are not-run while ``e4_gpu_conditions`` is empty, for nothing was
+    measured on one, or says that a run was quick.
     """
     ledger, judged = read_claims(claims), []
     ledger["expected"] = [_resolve(text, paper) for text in ledger.expected]
     gate = control_first(tables, table="e1_main")["verdict"].startswith("not-run")
+    open_on_gpu = _open_on_gpu(tables.get("e4_gpu_conditions", pd.DataFrame()))
     for row in ledger.itertuples():
         free = row.rule in ("not_run", "not_possible_here")
         args = _arguments(claims, row)
-        result = (
-            outcome("not-run", "", "no fp control") if gate and not free else RULES[row.rule](tables, **args)
-        )
+        if gate and not free:
+            result = outcome("not-run", "", "no fp control")
+        elif row.gpu_needed == "yes" and open_on_gpu and not free:
+            result = outcome("not-run", "", open_on_gpu)
+        else:
+            result = RULES[row.rule](tables, **args)
         table = tables.get(args.get("table"))
         judged.append({**result, "manifest": "" if table is None else table.attrs.get("manifest", "")})
     return pd.concat([ledger, pd.DataFrame(judged, columns=["ours", "verdict", "manifest"])], axis=1)
+
+
+def _open_on_gpu(conditions: pd.DataFrame) -> str:
+    """Why no claim about a GPU can be judged, or ""."""
+    if conditions.empty:
+        return NO_GPU_EVIDENCE
+    quick = conditions.value[conditions.what == "quick"].astype(str).str.startswith("yes")
+    return QUICK_GPU_EVIDENCE if quick.any() else ""
 
 
 def _resolve(text: str, paper: pd.DataFrame) -> str:

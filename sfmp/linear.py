@@ -67,9 +67,10 @@ class SFMPLinear(StoredLinear):
     (`TENSORS` and ``bias``) keep their stored dtypes whatever ``.to(dtype)`` asks, because alpha and beta are
     float16 by format; only ``bias`` follows the model's dtype.
 
-    The CPU kernels repack the planes at the first call and keep both, so a model takes twice the memory of its packed
-    weights from then on. A stored tensor that is replaced or changed in place is repacked at the next call, except
-    inside a compiled model (compile it again) and for inference tensors (see `PackedMatrix.derived`).
+    The CPU and CUDA kernels repack the planes at the first call and keep both, so a model takes twice the memory of its
+    packed weights from then on; before a CUDA graph is captured, every layer must have been called once. A stored
+    tensor that is replaced or changed in place is repacked at the next call, except inside a compiled model (compile it
+    again), inside a captured graph (capture it again) and for inference tensors (see `PackedMatrix.derived`).
 
     Attributes
     ----------
@@ -157,7 +158,7 @@ class SFMPLinear(StoredLinear):
 @contextmanager
 def keep_dequantized(model: nn.Module) -> Iterator[nn.Module]:
     """Keep the dequantized float32 weight of every `StoredLinear` in memory while inside; results of the reference
-    backend do not change, and "auto" is the reference on the CPU.
+    backend do not change, and "auto" is the reference.
 
     The reference then dequantizes each matrix once instead of at every call: for evaluation, where memory for
     one float32 copy of the model is at hand, and batches are so large that a plain product is fastest.

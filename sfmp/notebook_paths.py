@@ -7,6 +7,8 @@ from pathlib import Path
 
 from sfmp.checks import SfmpError
 
+GPU_FOLDER = "results/reference/gpu"  # of committed measurements, if there are any
+
 
 def base_directory() -> Path:
     """Directory of relative paths: the working directory, or the checkout of a notebook opened in place."""

@@ -61,6 +61,8 @@ def results_block(reference: Path) -> str:
             "",
             *_kernels(reference / "tables"),
             "",
+            *_gpu_kernels(reference / "tables"),
+            "",
             "Claims (" + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "); "
             "rules: [config/claims.tsv](config/claims.tsv), all verdicts: "
             "[claims.csv](results/reference/embedded/claims.csv). Below: every claim of the "
@@ -104,6 +106,26 @@ def _kernels(tables: Path) -> list[str]:
         "",
         "![time of one token against bits: straight lines just above the time of reading the same bytes]"
         "(results/reference/embedded/figures/kernel_bits.png)",
+    ]
+
+
+def _gpu_kernels(tables: Path) -> list[str]:
+    """What was measured on a GPU beside what was asked for; that nothing was, where nothing was."""
+    path = tables / "e4_gpu_targets.csv"
+    found = pd.read_csv(path).dropna(subset=["measured"]) if path.is_file() else pd.DataFrame()
+    if found.empty:
+        return ["GPU kernels: **not measured**, on no device. What they should reach, and a prediction, are in "
+                "[e4_gpu](notebooks/e4_gpu.ipynb)."]
+    told = pd.read_csv(tables / "e4_gpu_conditions.csv").set_index(["file", "what"]).value
+    where = "; ".join(f"{file}: {told[file, 'device']}, {told[file, 'date']}, torch {told[file, 'torch']}"
+                      for file in dict.fromkeys(told.index.get_level_values("file")))
+    return [
+        f"GPU kernels ({where}; [e4_gpu](notebooks/e4_gpu.ipynb)), medians, beside what the targets for an H200 were:",
+        "",
+        "| target | of | required | measured | margin |",
+        "|---|---|---|---|---|",
+        *(f"| {row.target} | {row.of} | {row.required:g} | {row.measured:.3g} | {row.margin:.2f} |"
+          for row in found.itertuples()),
     ]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sfmp.checks import SfmpError
 from sfmp.claims import load_tables
-from sfmp.provenance import base_directory
+from sfmp.gpu_evidence import COMMANDS, read_evidence
+from sfmp.notebook_paths import GPU_FOLDER, base_directory
 from sfmp.records import load_results
 from sfmp.tables import read_paper_values
 
@@ -43,6 +44,16 @@ def results(run):
 def paper_values(run):
     """Numbers transcribed from the paper (:func:`sfmp.tables.read_paper_values`)."""
     return read_paper_values(declared(run, "paper"))
+
+
+def gpu_evidence(run) -> dict[str, dict]:
+    """What was measured on a GPU (:func:`sfmp.gpu_evidence.read_evidence`): the inputs `gpu_kernels` and `gpu_decode`.
+
+    The committed files where the notebook was given neither; {} while there are none.
+    """
+    given = {name: run.inputs[f"gpu_{name}"] for name in COMMANDS if f"gpu_{name}" in run.inputs}
+    committed = {name: base_directory() / GPU_FOLDER / f"{name}.json" for name in COMMANDS}
+    return read_evidence(given or {name: path for name, path in committed.items() if path.exists()})
 
 
 def tables(run, **more):

@@ -16,6 +16,7 @@ from sfmp.code_hash import code_hash, notebook_hash
 from sfmp.design import FP, RIVALS, Design, load_design, read_yaml, rival_settings, run_spec
 from sfmp.environment import available_cores, available_memory_mb
 from sfmp.locks import leave_lock, own_mark, release_stale_lock, take_lock
+from sfmp.notebook_paths import GPU_FOLDER
 
 __all__ = [
     "FIGURES", "NOTEBOOKS", "RUN_NOTEBOOK", "Rules", "SOURCES", "TABLES", "available_cores", "closing_words",
@@ -29,16 +30,18 @@ SOURCES = ("fisher", "magnitude", "activation", "guided", "random")
 # Results that are the same to the byte in every run; what reads clocks goes to timing/ (rule e5).
 TABLES = (
     "e1_main", "e1_bytes", "e3_reorder", "e3_block", "e3_group", "e3_levels", "e3_salience", "e3_objective", "e3_scope",
-    "e3_granularity", "e3_guided", "e3_quantizer", "packing", "lut_gemm", "integration", "concentration", "allocation",
-    "allocation_oracle", "mlp_experiment", "guided_agreement",
+    "e3_granularity", "e3_guided", "e3_quantizer", "packing", "lut_gemm", "lut_gemm_simulated", "lut_gemm_traffic",
+    "integration", "concentration", "allocation", "allocation_oracle", "mlp_experiment", "guided_agreement",
     *(f"e4_cpu_{part}" for part in ("products", "fits", "reordering", "batches", "crossovers", "accuracy", "widths",
                                     "decoding", "targets", "conditions")),
+    *(f"e4_gpu_{part}" for part in ("conditions", "products", "fits", "layouts", "reordering", "batches", "crossovers",
+                                    "widths", "accuracy", "host", "decoding", "predictions", "targets")),
 )
 FIGURES = (
     "overview", "salience_before_after", "bit_map", "bits_by_layer", "accuracy_vs_bpw", "perplexity_vs_bpw",
     "retention_vs_bpw", "reorder", "block_shape", "group_size", "levels", "salience_source", "objective", "scope",
     "granularity", "guided", "quantizer", "mlp_curves", "kernel_peers", "kernel_bits", "kernel_batch",
-    "kernel_accuracy", "table_width", "decode_speed",
+    "kernel_accuracy", "table_width", "decode_speed", "memory_traffic", "gpu_bits", "gpu_kernels",
 )
 
 # rule → (notebook, parameters beyond out, inputs, seed and tier); a test compares it with the notebooks.
@@ -58,6 +61,7 @@ NOTEBOOKS = {
     "e1": ("e1_accuracy", ()),
     "e3": ("e3_ablations", ()),
     "e4_cpu": ("e4_cpu", ()),
+    "e4_gpu": ("e4_gpu", ()),
     "e5": ("e5_cost", ()),
     "e9": ("e9_claims", ()),
 }
@@ -144,6 +148,14 @@ class Rules:
         """Checkpoint of a quantized run; nothing for the control."""
         quantized = wildcards.run in self.design.quantized
         return {"checkpoint": f"{self.design.results}/models/{wildcards.run}"} if quantized else {}
+
+    def gpu_evidence(self, wildcards) -> dict[str, str]:
+        """What was measured on a GPU: those of the two files that there are, none while nothing was measured."""
+        folder = Path(self.design.config["gpu_bench"])
+        found = {name: folder / f"{name}.json" for name in ("kernels", "decode") if (folder / f"{name}.json").is_file()}
+        if not found and folder != Path(GPU_FOLDER):
+            raise SfmpError(f"gpu_bench: expected kernels.json or decode.json in {folder}, found none; see README.md")
+        return {f"gpu_{name}": str(path) for name, path in found.items()}
 
     @staticmethod
     def one_of(runs) -> str:

@@ -11,7 +11,7 @@ from transformers import StaticCache
 from kernels_numba.cpu import targets
 from sfmp import QuantSpec, SfmpError, make_plan, quantize_model
 from sfmp.bench import decode, random_model
-from sfmp.bench.random_model import quantize_randomly, random_llama, random_packed
+from sfmp.bench.random_model import quantize_randomly, random_network, random_packed
 from sfmp.linear import SFMPLinear
 from sfmp.pack import pack
 from sfmp.packed import PackedMatrix
@@ -57,13 +57,13 @@ def test_what_no_mixture_gives_is_refused():
     with pytest.raises(SfmpError, match="multiple of 32"):
         random_packed(64, 64, 3, group_size=48)
     with pytest.raises(SfmpError, match="expected one of 1.1B or a dict"):
-        random_llama("7B")
+        random_network("7B")
     with pytest.raises(SfmpError, match="expected embedded or one of 1.1B"):
         decode.decoders_of("7B")
 
 
 def test_random_models_keep_what_is_not_quantized():
-    dense = random_llama(TINY)
+    dense = random_network(TINY)
     model = quantize_randomly(decode.sharing(dense), 3.5, group_size=64, block_rows=16)
     kinds = {name.rpartition(".")[2]: type(module) for name, module in model.named_modules()}
     assert kinds["lm_head"] is nn.Linear and kinds["down_proj"] is kinds["q_proj"] is SFMPLinear
@@ -155,7 +155,7 @@ def test_compiled_models_compute_the_same(tiny_llama):
 @pytest.mark.cpu
 def test_rows_say_what_was_measured(monkeypatch):
     monkeypatch.setattr(decode, "waiting", lambda: 0.0)
-    dense = random_llama(TINY, torch.bfloat16)
+    dense = random_network(TINY, torch.bfloat16)
     packed = quantize_randomly(decode.sharing(dense), 3.5, group_size=64, block_rows=16)
     decoders = [decode.Decoder("tiny", "torch bf16", dense, random=True)]
     decoders += [decode.Decoder("tiny", f"sfmp {mode}", packed, mode, 3.5, random=True) for mode in MODES]
@@ -179,7 +179,7 @@ def test_rows_say_what_was_measured(monkeypatch):
 def test_steps_that_waited_for_a_processor_are_not_counted(monkeypatch):
     moments = iter(range(10**6))
     monkeypatch.setattr(decode, "waiting", lambda: float(next(moments)))
-    decoder = decode.Decoder("tiny", "torch fp32", random_llama(TINY), random=True)
+    decoder = decode.Decoder("tiny", "torch fp32", random_network(TINY), random=True)
     (row,) = decode.measure_decode([decoder], prompt_tokens=2, new_tokens=3, rounds=1)
     assert row["counted"] == 0 and row["steps"] == [None]
     missing = {key for key, value in row.items() if value is None}

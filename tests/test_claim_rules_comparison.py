@@ -149,5 +149,8 @@ def test_at_least(values, verdict):
     arguments = {"table": "t", "column": "spearman", "limit": 0.9, "where": {"comparison": ["a", "b"]}}
     result = rules.at_least({"t": table}, **arguments)
     assert result["verdict"] == verdict and f"lowest {min(values):.3f}" in result["ours"]
+    gap = {"t": pd.concat([table, pd.DataFrame({"comparison": ["b"]})])}
+    assert rules.at_least(gap, **arguments)["verdict"] == verdict
+    assert rules.at_least(gap, **arguments, whole=True)["verdict"] == "not-run (1 of 3 values were not measured)"
     for tables in ({}, {"t": table[2:]}, {"t": table.drop(columns="spearman")}):
         assert rules.at_least(tables, **arguments)["verdict"].startswith("not-run")

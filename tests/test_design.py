@@ -17,7 +17,8 @@ from sfmp.salience import linear_modules
 from sfmp.spec import SfmpError
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = {"tier": "embedded", "seed": 0, "cpu_bench": "results/reference/cpu/bench.json"}
+CONFIG = {"tier": "embedded", "seed": 0, "cpu_bench": "results/reference/cpu/bench.json",
+          "gpu_bench": "results/reference/gpu"}
 TIERS = ("embedded", "small", "paper")
 
 

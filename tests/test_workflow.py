@@ -15,10 +15,12 @@ from types import SimpleNamespace
 import pytest
 
 from sfmp import workflow
+from sfmp.checks import SfmpError
 from sfmp.design import load_design, run_spec
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = {"tier": "embedded", "seed": 0, "cpu_bench": "results/reference/cpu/bench.json"}
+CONFIG = {"tier": "embedded", "seed": 0, "cpu_bench": "results/reference/cpu/bench.json",
+          "gpu_bench": "results/reference/gpu"}
 TIERS = ("embedded", "small", "paper")
 
 
@@ -105,6 +107,19 @@ def test_every_executed_notebook_becomes_a_page():
     stems = {log.removeprefix("results/embedded/logs/").removesuffix(".ipynb") for log in logs}
     assert {stem.split("/")[0] for stem in stems} == set(workflow.NOTEBOOKS)
     assert {f"rival/{run}" for run in design.rivals} <= stems and "salience/embedded.fisher" in stems
+
+
+def test_gpu_evidence_is_an_input_where_there_is_some(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rules = workflow.Rules(load_design(CONFIG, ROOT / "config"))
+    assert rules.gpu_evidence(None) == {}
+    folder = tmp_path / "results/reference/gpu"
+    folder.mkdir(parents=True)
+    (folder / "decode.json").touch()
+    assert rules.gpu_evidence(None) == {"gpu_decode": "results/reference/gpu/decode.json"}
+    elsewhere = workflow.Rules(load_design({**CONFIG, "gpu_bench": "elsewhere"}, ROOT / "config"))
+    with pytest.raises(SfmpError, match="expected kernels.json or decode.json in elsewhere"):
+        elsewhere.gpu_evidence(None)
 
 
 def test_only_marked_rows_run_the_tasks():

@@ -11,19 +11,18 @@ dequantized weight by torch, so the result has its NaN and infinities where torc
 from __future__ import annotations
 
 import functools
-import math
 import threading
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels_numba.cpu import arena, drive, launch, layout, panel, targets, threads
 from kernels_numba.cpu.gradient import Product
 from kernels_numba.cpu.native import BFLOAT16, FLOAT16, FLOAT32
 from kernels_numba.cpu.plain import dispatch_modes, forward, function_modes, tracing, transform
 from kernels_numba.cpu.records import MODES, TOKENS, table_bytes
+from kernels_numba.linear_operator import describe, readable_bias
 from sfmp.checks import SfmpError
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -240,19 +239,8 @@ def through_panels(x, image, bias, rounded: bool):
     return y.view(*x.shape[:-1], -1)
 
 
-def _readable(bias, rows, device):
-    """The bias as the kernels read it: contiguous, of a dtype they know."""
-    if bias is None:
-        return None
-    if bias.device != device:
-        raise SfmpError(f"bias: expected device {device} like x, found {bias.device}; move it")
-    if bias.numel() != rows or bias.layout != torch.strided:
-        raise SfmpError(f"bias: expected a dense [{rows}], found {bias.layout} {list(bias.shape)}; check out_features")
-    return (bias if bias.dtype in KINDS else bias.float()).reshape(-1).contiguous()
-
-
 def _cpu_linear(x, image, bias, rows, tile_columns, target, mode):
-    x, bias = x.contiguous(), _readable(bias, rows, x.device)
+    x, bias = x.contiguous(), readable_bias(bias, rows, x.device, KINDS)
     tokens = x.numel() // x.shape[-1]
     if tokens >= launch.least_crossover(target, mode) and tokens >= launch.crossover(
             target, mode, layout.mean_bits(image.numpy())):
@@ -262,30 +250,4 @@ def _cpu_linear(x, image, bias, rows, tile_columns, target, mode):
 
 _library.impl("cpu_linear", _cpu_linear, "CPU")
 _operator = torch.ops.sfmp.cpu_linear.default
-
-
-@torch.library.register_fake("sfmp::cpu_linear", lib=_library)
-def _fake_linear(x, image, bias, rows, tile_columns, target, mode):
-    _readable(bias, rows, x.device)
-    return x.new_empty((*x.shape[:-1], rows))
-
-
-@register_flop_formula(torch.ops.sfmp.cpu_linear)
-def _flops(x, image, bias, rows, *_, **__):
-    """What ``torch.utils.flop_counter`` counts, from the shapes: as for the dequantized weight."""
-    return 2 * math.prod(x) * rows
-
-
-@torch.library.register_vmap("sfmp::cpu_linear", lib=_library)
-def _batched_linear(info, where, x, image, bias, *rest):
-    """One product for the whole batch, whose dimension becomes the first of x."""
-    if where[1] is not None:
-        raise SfmpError("image: expected one weight for the whole batch, found a batch of weights; loop over them")
-    if where[0] is None:
-        x = x.expand(info.batch_size, *x.shape)
-    else:
-        x = x.movedim(where[0], 0)
-    if where[2] is None:
-        return _operator(x, image, bias, *rest), 0
-    y, bias = _operator(x, image, None, *rest), bias.movedim(where[2], 0)
-    return y + bias.view(len(bias), *[1] * (y.dim() - 2), -1).to(y.dtype), 0
+describe(_library, "cpu_linear", KINDS)

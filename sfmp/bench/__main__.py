@@ -1,4 +1,4 @@
-"""``python -m sfmp.bench cpu --out FILE.json``."""
+"""``python -m sfmp.bench cpu|kernels|decode --out FILE.json``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sfmp.bench import cpu
+from sfmp.bench import cpu, kernels
 from sfmp.checks import SfmpError
 
 
@@ -23,7 +23,19 @@ def main(arguments=None) -> int:
     bench.add_argument("--models", nargs="+", default=["embedded", "1.1B"])
     bench.add_argument("--threads", type=int, default=2)
     bench.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not to quote")
-    options = parser.parse_args(arguments)
+    gpu = commands.add_parser("kernels", help="GPU kernels beside torch, gemlite and Triton",
+                              description=kernels.__doc__)
+    kernels.add_arguments(gpu, _shape)
+    decode = commands.add_parser("decode", help="tokens per second under CUDA graphs")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["decode"]:  # the other commands need nothing of what it imports
+        from sfmp.bench import gpu_decode
+
+        gpu_decode.add_arguments(decode)
+        return gpu_decode.run(parser.parse_args(given))
+    options = parser.parse_args(given)
+    if options.command == "kernels":
+        return kernels.run(options)
     chosen = [part for part in cpu.parts(options.shapes, options.batches, options.models)
               if part["part"] in options.parts]
     try:

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from sfmp.bench.random_model import SHAPES, quantize_randomly, random_llama
+from sfmp.bench.random_model import SHAPES, quantize_randomly, random_network
 from sfmp.bench.timing import WAITED, first_served, median, waiting
 from sfmp.checks import SfmpError, integer
 from sfmp.linear import SFMPLinear
@@ -197,7 +197,7 @@ def decoders_of(model: str, bpw: Iterable[float] = BPW, modes: Iterable[str] = M
     if model == EMBEDDED:
         dense, packed_of = _embedded()
     else:
-        dense = random_llama(model, torch.float32, seed)
+        dense = random_network(model, torch.float32, seed)
 
         def packed_of(value):
             return quantize_randomly(sharing(rounded), value, seed=seed)

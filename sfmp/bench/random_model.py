@@ -7,11 +7,14 @@ noise.
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 from torch import nn
 
 from sfmp.checks import SfmpError, is_skipped
+from sfmp.fuse import GROUPS, FusedLinear
 from sfmp.grid import BlockGrid
 from sfmp.linear import SFMPLinear
 from sfmp.packed import PackedMatrix, permutation_dtype
@@ -112,40 +115,88 @@ def _planes(grid: BlockGrid, bits, rng) -> np.ndarray:
     return planes
 
 
-def random_llama(shape: str | dict, dtype: torch.dtype = torch.float32, seed: int = 0):
-    """Return a LlamaForCausalLM with random weights, made on the spot, in evaluation mode.
+def random_network(shape: str | dict, dtype: torch.dtype = torch.float32, seed: int = 0, device="cpu"):
+    """Return a causal language model with random weights, made on the spot, in evaluation mode.
 
     Parameters
     ----------
     shape : str or dict
-        A name of `SHAPES`, or arguments of ``LlamaConfig``.
+        A name of `SHAPES`, or arguments of the configuration; "model_type" is the architecture, "llama" if not given.
     dtype : torch.dtype
     seed : int
+    device : of the weights; nothing of their size is ever elsewhere
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if isinstance(shape, str) and shape not in SHAPES:
         raise SfmpError(f"shape: expected one of {', '.join(SHAPES)} or a dict, found {shape!r}; pass the arguments "
-                        "of LlamaConfig")
+                        "of a configuration")
     # No token ends the text, so every generation is as long as it is asked to be.
-    config = LlamaConfig(**{"bos_token_id": None, "eos_token_id": None,
-                            **(SHAPES[shape] if isinstance(shape, str) else shape)})
-    with torch.random.fork_rng(devices=[]):
+    config = AutoConfig.for_model(**{"model_type": "llama", "bos_token_id": None, "eos_token_id": None,
+                                     **(SHAPES[shape] if isinstance(shape, str) else shape)})
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def quantize_randomly(model: nn.Module, bpw: float, group_size: int = 128, block_rows: int = 512, seed: int = 0,
-                      skip=("lm_head",)) -> nn.Module:
-    """Replace every linear layer but `skip` by random codes, in place; a bias stays.
+                      skip=("lm_head",), shared_columns: bool = False) -> nn.Module:
+    """Replace every linear layer but `skip` by random codes, in place, matrix by matrix; a bias stays.
 
-    As `quantize_model` does by default, the output layer and the embeddings stay as they are.
+    As `quantize_model` does by default, the output layer and the embeddings stay as they are. With `shared_columns`,
+    as in `QuantSpec`, matrices that read the same activations have the same column order.
     """
     names = [name for name, module in model.named_modules()
              if isinstance(module, nn.Linear) and not is_skipped(name, skip)]
+    orders: dict[tuple, torch.Tensor] = {}
     for number, name in enumerate(names):
-        linear = model.get_submodule(name)
+        linear, (parent, _, key) = model.get_submodule(name), name.rpartition(".")
         packed = random_packed(*linear.weight.shape, bpw, group_size, block_rows, seed + number)
-        packed.bias = None if linear.bias is None else linear.bias.detach()
-        model.set_submodule(name, SFMPLinear.from_packed(packed).train(linear.training))
+        group = next((group for group in GROUPS if key in group), None)
+        if shared_columns and group:
+            packed.col_perm = orders.setdefault((parent, group), packed.col_perm)
+        layer = SFMPLinear.from_packed(packed).to(linear.weight.device)
+        layer.bias = None if linear.bias is None else linear.bias.detach()
+        model.set_submodule(name, layer.train(linear.training))
     return model
+
+
+def repeat_first_layer(model: nn.Module) -> nn.Module:
+    """Make every decoder layer a copy of the first, in memory of its own, with what its products prepare.
+
+    Laying out a matrix for a kernel takes longer than copying the result, and no time depends on its numbers.
+
+    Parameters
+    ----------
+    model : transformers causal language model
+        Its first layer is quantized; changed in place.
+    """
+    layers = model.base_model.layers
+    products = _products(layers[0])
+    for product in products:
+        with torch.no_grad():
+            product(torch.zeros(1, product.in_features, dtype=model.dtype, device=product.planes.device))
+    for number in range(1, len(layers)):
+        layers[number] = copy.deepcopy(layers[0])
+        for module in layers[number].modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
+        for old, new in zip(products, _products(layers[number]), strict=True):
+            # Without what names the tensors it was derived from; what the host knows of a layout never changes.
+            kept = {key: value for key, value in old._cache.items() if key not in ("source", "ready", "dequantize")}
+            same = [value.structure for value in kept.values() if hasattr(value, "structure")]
+            new._cache = copy.deepcopy(kept, {id(structure): structure for structure in same})
+    return model
+
+
+def _products(layer: nn.Module) -> list[SFMPLinear]:
+    """What multiplies in a decoder layer: one for several matrices where they are fused."""
+    found: dict[int, SFMPLinear] = {}
+    for module in layer.modules():
+        if isinstance(module, FusedLinear):
+            product = module._joint.product(module.backend, module.mode)
+            found[id(product)] = product
+        elif isinstance(module, SFMPLinear):
+            found[id(module)] = module
+    return list(found.values())
