@@ -15,7 +15,6 @@ from sfmp.workflow import (FIGURES, RUN_NOTEBOOK, SOURCES, TABLES, Rules, availa
 min_version("9.19")
 
 configfile: "config/config.yaml"
-
 report: "report/workflow.rst"
 
 STARTED = time.time()
@@ -124,6 +123,9 @@ use rule calibration as quantization with:
     log: **shared.logs("quantization/{run}")
     params: **shared.params("quantization")
     wildcard_constraints: run=shared.one_of(design.planned)
+
+if design.config.get("scatter"):  # jobs share the layers of a run
+    include: "rules/scatter.smk"
 
 # AMQ's search serves every budget, so it is done once. What others wait for goes first: the search, then the rivals.
 use rule calibration as search with:
