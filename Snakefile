@@ -9,8 +9,8 @@ from pathlib import Path
 
 from snakemake.utils import min_version
 
-from sfmp.workflow import (FIGURES, RUN_NOTEBOOK, SOURCES, TABLES, Rules, available_cores, closing_words, job_threads,
-                           leave_lock, load_design, release_stale_lock, shell_prefix, take_lock)
+from sfmp.workflow import (FIGURES, RUN_NOTEBOOK, SOURCES, TABLES, Rules, available_cores, begin, check_ready, closing_words,
+                           job_threads, leave_lock, load_design, shell_prefix, take_lock)
 
 min_version("9.19")
 
@@ -23,13 +23,12 @@ shared = Rules(design)
 R, L = design.results, f"{design.results}/logs"
 MODEL, SHOWCASE = design.showcase_model, design.showcase
 CORES = workflow.cores
-GPU = 1 if design.config["device"] == "cuda" else 0
 # Megabytes, and threads that keep jobs within the machine: of a notebook that holds a model, and of one that does not.
 HEAVY, LIGHT = design.config["job_mem_mb"], 1000
 HEAVY_THREADS, LIGHT_THREADS = job_threads(CORES, HEAVY), job_threads(CORES, LIGHT)
 
-if workflow.is_main_process and not workflow.dryrun and (released := release_stale_lock()):
-    print(released, file=sys.stderr)
+if workflow.is_main_process:
+    begin(design, workflow.output_settings.dryrun)
 
 shell.prefix(shell_prefix(design))
 
@@ -77,14 +76,14 @@ rule overview:
     shell: RUN_NOTEBOOK
 
 rule calibration:
-    input: notebook=shared.notebook("calibration"), weights=shared.weights
+    input: unpack(shared.texts), notebook=shared.notebook("calibration"), weights=shared.weights
     output:
         calibration=f"{R}/windows/{{model}}.calibration.safetensors",
         evaluation=f"{R}/windows/{{model}}.evaluation.safetensors",
     log: **shared.logs("calibration/{model}")
     params: **shared.params("calibration")
     threads: HEAVY_THREADS
-    resources: mem_mb=HEAVY, gpu=GPU
+    resources: mem_mb=shared.memory, gpu=shared.gpus
     shell: RUN_NOTEBOOK
 
 use rule calibration as salience with:
@@ -170,7 +169,7 @@ use rule packing as model_integration with:
 
 use rule calibration as evaluation with:
     input:
-        unpack(shared.checkpoint), notebook=shared.notebook("evaluation"),
+        unpack(shared.checkpoint), unpack(shared.questions), notebook=shared.notebook("evaluation"),
         windows=shared.windows("evaluation"), weights=shared.weights,
     output: eval=f"{R}/eval/{{run}}.json"
     log: **shared.logs("evaluation/{run}")
@@ -179,7 +178,7 @@ use rule calibration as evaluation with:
 use rule overview as e1 with:
     input:
         notebook=shared.notebook("e1"), evals=EVALUATIONS, quantized=QUANTIZED,
-        runs="config/runs.tsv", paper="config/paper_values.tsv",
+        runs=design.runs_table, paper="config/paper_values.tsv",
     output:
         e1_main=table("e1_main"), e1_main_md=f"{R}/tables/e1_main.md", e1_bytes=table("e1_bytes"),
         accuracy_vs_bpw=figure("accuracy_vs_bpw"), perplexity_vs_bpw=figure("perplexity_vs_bpw"),
@@ -188,7 +187,7 @@ use rule overview as e1 with:
     params: **shared.params("e1")
 
 use rule e1 as e3 with:
-    input: notebook=shared.notebook("e3"), evals=EVALUATIONS, quantized=QUANTIZED, runs="config/runs.tsv"
+    input: notebook=shared.notebook("e3"), evals=EVALUATIONS, quantized=QUANTIZED, runs=design.runs_table
     output:
         e3_reorder=table("e3_reorder"), e3_block=table("e3_block"), e3_group=table("e3_group"),
         e3_levels=table("e3_levels"), e3_salience=table("e3_salience"), e3_objective=table("e3_objective"),
@@ -228,11 +227,11 @@ use rule e1 as e4_gpu with:
         e4_gpu_targets=table("e4_gpu_targets"), gpu_bits=figure("gpu_bits"), gpu_kernels=figure("gpu_kernels"),
     log: **shared.logs("e4_gpu")
     params: **shared.params("e4_gpu")
-    resources: mem_mb=HEAVY, gpu=GPU
+    resources: mem_mb=HEAVY, gpu=shared.gpus
 
 # What reads clocks stays out of tables/ and figures/, which are the same to the byte in every run.
 rule e5:
-    input: notebook=shared.notebook("e5"), timing=shared.timings(), runs="config/runs.tsv"
+    input: notebook=shared.notebook("e5"), timing=shared.timings(), runs=design.runs_table
     output:
         e5_cost=f"{R}/timing/e5_cost.csv", e5_ratio=f"{R}/timing/e5_ratio.csv",
         e5_scaling=f"{R}/timing/e5_scaling.csv",
@@ -246,7 +245,7 @@ rule e5:
 use rule e1 as e9 with:
     input:
         notebook=shared.notebook("e9"), tables=[*TABLE_FILES, *COSTS],
-        claims="config/claims.tsv", paper="config/paper_values.tsv", runs="config/runs.tsv",
+        claims="config/claims.tsv", paper="config/paper_values.tsv", runs=design.runs_table,
     output: claims=report(f"{R}/claims.csv", caption="report/claims.rst", category="Claims")
     log: **shared.logs("e9")
     params: **shared.params("e9")
@@ -289,6 +288,7 @@ rule train_embedded:
     shell: "OMP_NUM_THREADS={params.cores} python -m sfmp.train --out results/embedded/train 2>&1 | tee {log:q}"
 
 onstart:
+    check_ready(design)
     take_lock()
 
 onsuccess:

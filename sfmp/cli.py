@@ -12,17 +12,20 @@ import sys
 
 EXAMPLES = """examples:
   sfmp quantize embedded out/embedded-3bpw --bpw 3 --block-rows 64
-  sfmp quantize Qwen/Qwen3-0.6B@main out/qwen3 --bpw 3.5 --calibration hub:allenai/c4:en:train --device cuda
+  sfmp quantize Qwen/Qwen3-0.6B@main out/qwen3 --bpw 3.5 --calibration dataset:c4 --device cuda
   sfmp inspect out/embedded-3bpw --picture bits.png
   sfmp eval out/embedded-3bpw --text python:evaluation --tasks next_line --json results.json
   sfmp generate out/embedded-3bpw "def main():" --tokens 40
   sfmp convert authors-checkpoint out/converted --base-model meta-llama/Llama-3.1-8B
   sfmp push out/embedded-3bpw me/embedded-3bpw --results results.json
   sfmp bench cpu --out cpu.json
+  sfmp pin --tier small
+  sfmp fetch c4 wikitext2 piqa --data-root /data
 
 exit status: 0 done, 2 bad arguments or input (one line says what to do), 1 anything unexpected (with traceback)"""
 MODEL = "a local folder, `embedded` (the small model of this package), or OWNER/NAME[@REVISION] on the Hugging Face Hub"
-TEXT = "python:calibration, python:evaluation, a .txt or .jsonl file, or hub:ID[:CONFIG]:SPLIT[@REVISION]"
+TEXT = ("python:calibration, python:evaluation, a .txt or .jsonl file, dataset:NAME of config/datasets.tsv, or "
+        "hub:ID[:CONFIG]:SPLIT[@REVISION][#FILE]")
 
 
 def main(arguments=None) -> int:
@@ -59,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         description="Search-free fine-grained mixed-precision quantization of language models.")
     root.add_argument("--version", action="version", version=f"sfmp {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_quantize, _eval, _generate, _inspect, _convert, _push):
+    for add in (_quantize, _eval, _generate, _inspect, _convert, _push, _pin, _fetch):
         add(commands)
     commands.add_parser("bench", add_help=False, help="measure kernels and decoding (python -m sfmp.bench)")
     return root
@@ -108,8 +111,9 @@ def _eval(commands):
     one.add_argument("--text", action="append", metavar="TEXT", help=f"{TEXT}; may be repeated (python:evaluation)")
     one.add_argument("--seqlen", type=int, help="tokens of a window (2048, or the model's context if that is shorter)")
     one.add_argument("--windows", type=int, help="evenly spaced windows of each text (all)")
-    one.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="next_line, identifier, docstring")
-    one.add_argument("--items", type=int, default=300, help="items of each task (300)")
+    one.add_argument("--tasks", nargs="+", default=(), metavar="TASK", help="next_line, identifier, docstring, or of "
+                     "lm-eval: arc_easy, arc_challenge, boolq, hellaswag, piqa, winogrande, mmlu, gsm8k")
+    one.add_argument("--items", type=int, default=300, help="items of each of our tasks (300)")
     _machine(one)
     one.add_argument("--json", metavar="FILE", help="also write the results, as `sfmp push --results` takes them")
     one.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -159,6 +163,21 @@ def _push(commands):
     one.add_argument("--private", action="store_true", help="make a new repository private")
     one.add_argument("--revision", help="branch to upload to (main)")
     one.add_argument("--message", default="Upload a model quantized by sfmp", help="commit message")
+
+
+def _pin(commands):
+    one = _command(commands, "pin", "write the revisions of models and data sets that have none yet into config/",
+                   "sfmp pin --tier small")
+    one.add_argument("--tier", choices=("small", "paper"), help="models of this tier only")
+    one.add_argument("--again", action="store_true", help="also replace the revisions that are there")
+    one.add_argument("--config", default="config", metavar="FOLDER", help="with models.tsv and datasets.tsv (config)")
+
+
+def _fetch(commands):
+    one = _command(commands, "fetch", "copy data sets of config/datasets.tsv for machines without network",
+                   "sfmp fetch c4 wikitext2 piqa --data-root /data")
+    one.add_argument("names", nargs="+", metavar="NAME", help="row of config/datasets.tsv")
+    one.add_argument("--data-root", required=True, metavar="FOLDER", help="what data.root is to be on that machine")
 
 
 def _machine(one):

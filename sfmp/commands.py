@@ -99,6 +99,24 @@ def push(options) -> None:
                           private=options.private or None, revision=options.revision, message=options.message))
 
 
+def pin(options) -> None:
+    """Write revisions; print one line for each."""
+    from sfmp.pin import pin as write_revisions
+
+    found = write_revisions(options.config, options.tier, options.again)
+    for repository, commit in found:
+        print(f"{repository}  {commit}")
+    print(f"{len(found)} revisions written to {options.config}/models.tsv and {options.config}/datasets.tsv")
+
+
+def fetch(options) -> None:
+    """Copy data sets; print the files."""
+    from sfmp.pin import fetch as copy
+
+    for path in copy(options.names, options.data_root):
+        print(path)
+
+
 def _print_made(found):
     spec, confirmed = found["spec"] or {}, {True: "confirmed", False: "NOT that of the tensors", None: "as recorded"}
     print(f"{found['folder']}: {found['matrices']} matrices, {found['weights']:,} weights, method {spec.get('method')}")

@@ -1,7 +1,10 @@
 """Text to fixed token windows: the installed Python itself, a local file, or a data set of the Hugging Face hub.
 
 A *source* is one string: ``python:calibration`` or ``python:evaluation`` (:mod:`sfmp.corpus`), a path to a ``.txt``
-file (one document) or a ``.jsonl`` file (one document a row, field ``text``), or ``hub:ID[:CONFIG]:SPLIT[@REVISION]``.
+file (one document) or a ``.jsonl`` file (one document a row, field ``text``), ``dataset:NAME`` (a text of
+``config/datasets.tsv``: its local copy where there is a data root, else the Hub's), or
+``hub:ID[:CONFIG]:SPLIT[@REVISION][#FILE]``. SPLIT may be cut, as in ``train[:1000]``; FILE is the one file of the
+repository that is read.
 """
 
 from __future__ import annotations
@@ -9,25 +12,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sfmp import corpus
+from sfmp import corpus, places
 from sfmp.spec import SfmpError
 
 if TYPE_CHECKING:
     import torch
 
 
-def load_text(source: str) -> list[str]:
+HUB = re.compile(r"hub:([^:@#]+)(?::([^:@#\[]+))?:(\w+(?:\[[^\]]*\])?)(?:@([^#]+))?(?:#(.+))?")
+
+
+def load_text(source: str, blank: bool = False) -> list[str]:
     """Read the documents of a source.
 
     Parameters
     ----------
     source : str
         See the module's first lines.
+    blank : bool
+        Keep documents without text. Rows of WikiText are lines of one text: perplexity is that of all of them.
 
     Returns
     -------
@@ -39,6 +48,8 @@ def load_text(source: str) -> list[str]:
     SfmpError
         If the source has an unknown form, is missing, or holds no text.
     """
+    if source.startswith("dataset:"):
+        source = places.text_source(source.removeprefix("dataset:"))
     if source.startswith("python:"):
         split = source.removeprefix("python:")
         if split not in corpus.SPLITS:
@@ -48,7 +59,8 @@ def load_text(source: str) -> list[str]:
         documents = _hub_documents(source)
     else:
         documents = _file_documents(Path(source))
-    documents = [text for text in documents if text.strip()]
+    if not blank or not any(text.strip() for text in documents):
+        documents = [text for text in documents if text.strip()]
     if not documents:
         raise SfmpError(
             f"data source {source!r}: expected a document with text, found none; check the file or the split"
@@ -59,8 +71,8 @@ def load_text(source: str) -> list[str]:
 def _file_documents(path: Path) -> list[str]:
     if not path.is_file() or path.suffix not in (".txt", ".jsonl"):
         raise SfmpError(
-            f"data source {str(path)!r}: expected python:SPLIT, hub:ID:SPLIT or an existing .txt or .jsonl file; "
-            "check the path"
+            f"data source {str(path)!r}: expected python:SPLIT, dataset:NAME, hub:ID:SPLIT or an existing .txt or "
+            ".jsonl file; check the path"
         )
     if path.suffix == ".txt":
         return [path.read_text("utf-8")]
@@ -78,12 +90,13 @@ def _file_documents(path: Path) -> list[str]:
 def _hub_documents(source: str) -> list[str]:
     from datasets import load_dataset
 
-    name, _, revision = source.removeprefix("hub:").partition("@")
-    parts = name.split(":")
-    if len(parts) not in (2, 3):
-        raise SfmpError(f"data source {source!r}: expected hub:ID:SPLIT or hub:ID:CONFIG:SPLIT, optionally @REVISION")
-    config = parts[1] if len(parts) == 3 else None
-    return list(load_dataset(parts[0], config, split=parts[-1], revision=revision or None)["text"])
+    found = HUB.fullmatch(source)
+    if found is None:
+        raise SfmpError(f"data source {source!r}: expected hub:ID:SPLIT or hub:ID:CONFIG:SPLIT, optionally @REVISION "
+                        "and #FILE; correct it")
+    name, config, split, revision, file = found.groups()
+    chosen = {} if file is None else {"data_files": {split.partition("[")[0]: file}}
+    return list(load_dataset(name, config, split=split, revision=revision, **chosen)["text"])
 
 
 def calibration_windows(documents: list[str], tokenizer, n_windows: int, seqlen: int, seed: int = 0) -> torch.Tensor:

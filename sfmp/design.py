@@ -81,8 +81,11 @@ def validate(value: Mapping, schema: Mapping, where: str) -> None:
 
 
 class Design:
-    """The validated configuration of one tier: `config`, `models` and `runs` (name → row), `quantized` runs, those of
-    them that a method of :data:`RIVALS` makes, and `knobs` (method → knob → value) as the configuration asks.
+    """The validated configuration of one tier: `config`, `models`, `datasets` and `runs` (name → row), `quantized`
+    runs, those of them that a method of :data:`RIVALS` makes, and `knobs` (method → knob → value) as the configuration
+    asks.
+
+    The `source` of a model is ``owner/name@revision`` once its revision is known, `repository` is without it.
 
     Raises
     ------
@@ -106,10 +109,16 @@ class Design:
         )
         self.tier, self.results = tier, f"results/{tier}"
         every_model = self._table("models", "model")
-        every_run = self._table("runs", "run")
-        self.all_runs = every_run
+        for row in every_model.values():
+            row["repository"] = row["source"]
+            row["source"] += f"@{row['revision']}" if row["revision"] != "-" else ""
+        self.datasets = self._table("datasets", "dataset")
+        # A file of their own: rows of other tiers must not make the tables of the embedded one stale.
+        table = "runs" if tier == "embedded" else "runs_hub"
+        self.runs_table = str(folder / f"{table}.tsv")
+        every_run = self._table(table, "run")
         for name, row in every_run.items():
-            where = f"{folder / 'runs.tsv'}, row {name}"
+            where = f"{self.runs_table}, row {name}"
             if row["model"] not in every_model:
                 raise SfmpError(
                     f"{where}, model: expected one of {', '.join(every_model)}, found {row['model']!r}"
@@ -134,7 +143,7 @@ class Design:
 
     def _table(self, name: str, key: str) -> dict[str, dict[str, str]]:
         path = self.folder / f"{name}.tsv"
-        schema = read_yaml(self.folder / "schemas" / f"{name}.schema.yaml")
+        schema = read_yaml(self.folder / "schemas" / f"{name.removesuffix('_hub')}.schema.yaml")
         rows = {}
         for row in read_table(path):
             validate(row, schema, f"{path}, row {row.get(key)}")

@@ -167,9 +167,9 @@ def evaluate_model(source: str, texts: Sequence[str] = ("python:evaluation",), *
         Tokens of a window; 2048 or the model's context if that is shorter.
     windows : int, optional
         That many evenly spaced windows of each text instead of all.
-    tasks : names of `sfmp.tasks.TASKS`
+    tasks : names of `sfmp.tasks.TASKS` or `sfmp.standard_tasks.STOCK`
     items : int
-        Items of each task.
+        Items of each task of the former; the latter have theirs.
     progress : bool
         Show bars on standard error.
 
@@ -192,9 +192,13 @@ def evaluate_model(source: str, texts: Sequence[str] = ("python:evaluation",), *
     from sfmp import tasks as task_items
     from sfmp.evaluate import accuracy
     from sfmp.stage_evaluation import perplexity
+    from sfmp.standard_tasks import STOCK
+    from sfmp.standard_tasks import accuracy as standard_accuracy
 
-    documents = {text: data.load_text(text) for text in texts}
-    questions = {task: task_items.build(task, integer("items", items, 2)) for task in tasks}
+    # Rows of a named data set may be lines of one text, and blank lines are part of it.
+    documents = {text: data.load_text(text, blank=text.startswith("dataset:")) for text in texts}
+    standard = [task for task in tasks if task in STOCK]
+    questions = {task: task_items.build(task, integer("items", items, 2)) for task in tasks if task not in standard}
     model, tokenizer = load(source, dtype, device)
     length = integer("seqlen", seqlen or context_of(model, 2048), 2)
     results = []
@@ -205,7 +209,9 @@ def evaluate_model(source: str, texts: Sequence[str] = ("python:evaluation",), *
         with _forward_bar(model, -(-len(cut) // 4), f"perplexity of {Path(text).name}", progress):
             value = perplexity(model, cut, length)
         results.append({"dataset": text, "metric": "perplexity", "value": value, "seqlen": length, "windows": len(cut)})
-    for task, scores in (accuracy(model, tokenizer, questions) if questions else {}).items():
+    scored = accuracy(model, tokenizer, questions) if questions else {}
+    scored |= standard_accuracy(model, tokenizer, standard) if standard else {}
+    for task, scores in scored.items():
         results += [{"dataset": task, "metric": metric, "value": scores[metric], "stderr": scores[f"{metric}_stderr"],
                      "items": int(scores["n"])} for metric in ("acc", "acc_norm")]
     return results

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import contextlib
 
-from sfmp import evaluate, tasks
+from sfmp import evaluate, standard_tasks, tasks
 from sfmp.linear import StoredLinear, keep_dequantized
-from sfmp.stages import load_model, load_tokenizer
+from sfmp.stages import load_placed, load_tokenizer
 
 
 def load_for_evaluation(run, source: str):
     """The model to evaluate and its tokenizer: the declared input ``checkpoint``, or the unquantized
-    `source`.
+    `source`, on the device of the job's environment; it moves the tokens it is given there.
     """
     if "checkpoint" not in run.inputs:
-        return load_model(source)
-    model, _ = load_model(str(run.inputs["checkpoint"]))
-    return model, load_tokenizer(source)
+        model, tokenizer = load_placed(source)
+    else:
+        model, tokenizer = load_placed(str(run.inputs["checkpoint"]))[0], load_tokenizer(source)
+    if next(model.parameters()).device.type != "cpu":
+        model.register_forward_pre_hook(_move_inputs, with_kwargs=True)
+    return model, tokenizer
+
+
+def _move_inputs(model, args, kwargs):
+    """Move the tensors of a call to where the model begins."""
+    device = next(model.parameters()).device
+    moved = {name: value.to(device) if hasattr(value, "to") else value for name, value in kwargs.items()}
+    return tuple(value.to(device) if hasattr(value, "to") else value for value in args), moved
 
 
 def perplexity(model, tokens, seqlen: int) -> float:
@@ -26,11 +36,17 @@ def perplexity(model, tokens, seqlen: int) -> float:
 
 
 def zero_shot(model, tokenizer, names, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Scores of the named zero-shot tasks (see :func:`sfmp.evaluate.accuracy`); empty if none is named."""
+    """Scores of the named zero-shot tasks; empty if none is named.
+
+    Those of lm-eval as `sfmp.standard_tasks.accuracy` runs them, the others as :func:`sfmp.evaluate.accuracy`.
+    """
+    standard = [name for name in names if name in standard_tasks.STOCK]
+    own = {name: tasks.build(name, seed=seed) for name in names if name not in standard}
     if not names:
         return {}
     with _dequantized_once(model):
-        return evaluate.accuracy(model, tokenizer, {name: tasks.build(name, seed=seed) for name in names})
+        scores = evaluate.accuracy(model, tokenizer, own) if own else {}
+        return scores | (standard_tasks.accuracy(model, tokenizer, standard) if standard else {})
 
 
 def _dequantized_once(model):

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+from sfmp import places
 from sfmp.checks import SfmpError
 
 # tqdm says so, with a path of this machine, when it is imported where ipywidgets is not installed
@@ -21,33 +22,37 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 SMALL = {"n_windows": 4, "seqlen": 128}  # stand-ins: seconds on one core, enough to see every effect
 TEXTS = {
     "embedded": ("python:calibration", "python:evaluation"),
-    "hub": ("hub:allenai/c4:en:train", "hub:Salesforce/wikitext:wikitext-2-raw-v1:test"),
+    "hub": ("dataset:c4", "dataset:wikitext2"),
 }
 
 
-def load_model(source: str, dtype: str = "float32", **options):
+def load_model(source: str, dtype: str | None = None, **options):
     """Load a model of ``config/models.tsv`` and its tokenizer.
 
     Parameters
     ----------
     source : str
         ``"embedded"``, a local folder, or a Hugging Face id, optionally ``id@revision``.
-    dtype : str
-        Torch type of the weights in memory.
+    dtype : str, optional
+        Torch type of the weights in memory. By default a named model is loaded as the job's environment says
+        (`sfmp.places.placement`), a folder as float32 on the CPU.
     options
         Passed to ``from_pretrained``, such as ``device_map``.
 
     Returns
     -------
     (transformers.PreTrainedModel, tokenizer)
-        In evaluation mode, on the CPU unless `options` say otherwise.
+        In evaluation mode, on the CPU unless `options` or the environment say otherwise.
 
     Raises
     ------
     SfmpError
-        If `source` looks like a folder and is none.
+        If `source` looks like a folder and is none, or the environment names a device that is not there or too small.
     """
+    if dtype is None and (source == "embedded" or not Path(source).is_dir()):
+        return load_placed(source)
     _no_bars()
+    dtype = dtype or "float32"
     if source == "embedded":
         from sfmp import embedded
 
@@ -56,13 +61,37 @@ def load_model(source: str, dtype: str = "float32", **options):
 
     name, chosen = located(source)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **chosen, **options)
+    repository, _, revision = source.partition("@")
+    if name not in (source, repository):  # a copy: the checkpoint made from it must name the model, not the copy
+        model.config._name_or_path = repository
+        model.config._commit_hash = revision or places.copied_revision(Path(name))
     return model.eval(), AutoTokenizer.from_pretrained(name, **chosen)
+
+
+def load_placed(source: str):
+    """Load a model, or a checkpoint in a folder, in the dtype and on the device of the job's environment.
+
+    Raises SfmpError if there is no such device, or the GPUs of the job together are too small for the model.
+    """
+    device, dtype = places.placement()
+    if device == "cpu":
+        return load_model(source, dtype)
+    from sfmp.model_source import chosen_device
+
+    chosen_device("cuda")
+    model, tokenizer = load_model(source, dtype, device_map="auto" if device == "spread" else {"": "cuda:0"})
+    away = sorted({parameter.device.type for parameter in model.parameters()} - {"cuda"})
+    if away:
+        raise SfmpError(f"model {source!r}: expected room for it on the GPUs of this job, found parts on "
+                        f"{', '.join(away)}; give the job more GPUs (gpu_gb in config/models.tsv)")
+    return model, tokenizer
 
 
 def located(source: str) -> tuple[str, dict]:
     """Return what ``from_pretrained`` is to be called with: a folder or ``owner/name``, and the revision if any.
 
-    Raises SfmpError if `source` looks like a folder and is none.
+    The folder may be the copy that the machine's models root holds. Raises SfmpError if `source` looks like a folder
+    and is none, or the root has no such copy.
     """
     if source == "embedded":
         from sfmp.embedded import FOLDER
@@ -74,6 +103,8 @@ def located(source: str) -> tuple[str, dict]:
     if name.startswith((".", "/")) or name.count("/") != 1:
         raise SfmpError(f"model {source!r}: expected embedded, a checkpoint folder or owner/name@revision; check the "
                         "path.")
+    if (copy := places.local_model(name, revision or None)) is not None:
+        return str(copy), {}
     return name, {"revision": revision} if revision else {}
 
 
@@ -97,7 +128,8 @@ def documents(source: str, split: str) -> list[str]:
     if split not in ("calibration", "evaluation"):
         raise SfmpError(f"split {split!r}: expected calibration or evaluation.")
     local = source == "embedded" or Path(source).is_dir()
-    return data.load_text(TEXTS["embedded" if local else "hub"][split == "evaluation"])
+    name = TEXTS["embedded" if local else "hub"][split == "evaluation"]
+    return data.load_text(name, blank=split == "evaluation" and not local)
 
 
 def evaluation_set(source: str, tokenizer, n_windows: int, seqlen: int):

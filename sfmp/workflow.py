@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
 import sys
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
 from sfmp.checks import SfmpError
 from sfmp.code_hash import code_hash, notebook_hash
-from sfmp.design import FP, RIVALS, Design, load_design, read_yaml, rival_settings, run_spec
+from sfmp.design import FP, RIVALS, Design, load_design, rival_settings, run_spec
 from sfmp.environment import available_cores, available_memory_mb
-from sfmp.locks import leave_lock, own_mark, release_stale_lock, take_lock
+from sfmp.locks import leave_lock, own_mark, take_lock
 from sfmp.notebook_paths import GPU_FOLDER
+from sfmp.tiers import TEXTS, begin, check_ready, closing_words, environment, local_files
 
 __all__ = [
-    "FIGURES", "NOTEBOOKS", "RUN_NOTEBOOK", "Rules", "SOURCES", "TABLES", "available_cores", "closing_words",
-    "code_hash", "job_threads", "leave_lock", "load_design", "notebook_params", "own_mark", "release_stale_lock",
+    "FIGURES", "NOTEBOOKS", "RUN_NOTEBOOK", "Rules", "SOURCES", "TABLES", "available_cores", "begin", "check_ready",
+    "closing_words", "code_hash", "job_threads", "leave_lock", "load_design", "notebook_params", "own_mark",
     "shell_prefix", "stage_code", "take_lock",
 ]
 
-TIERS = ("embedded", "small", "paper")
 SOURCES = ("fisher", "magnitude", "activation", "guided", "random")
 
 # Results that are the same to the byte in every run; what reads clocks goes to timing/ (rule e5).
@@ -78,7 +76,7 @@ RUN_NOTEBOOK = (
 
 
 def shell_prefix(design: Design) -> str:
-    """Return what every job's shell starts with: this Python, one core, no network in the embedded tier.
+    """Return what every job's shell starts with: this Python, one core, where models and data are (`sfmp.tiers`).
 
     The pools of PyTorch, BLAS and Numba must not multiply with the jobs that run together.
     """
@@ -86,7 +84,7 @@ def shell_prefix(design: Design) -> str:
     return " ".join([
         f"set -euo pipefail; export PATH={str(Path(sys.executable).parent)!r}:$PATH SFMP_WORKFLOW={own_mark()}",
         *(f"{name}=1" for name in threads), "TOKENIZERS_PARALLELISM=false PYTHONHASHSEED=0",
-        "PYTHONWARNINGS='ignore:IProgress not found'", "HF_HUB_OFFLINE=1; " if design.tier == "embedded" else "; ",
+        "PYTHONWARNINGS='ignore:IProgress not found'", f"{environment(design)}; ",
     ])
 
 
@@ -117,11 +115,38 @@ class Rules:
         Snakemake does not compare what is made from inputs and outputs, as `nb` is.
         """
         make = notebook_params(self.design, rule)
-        return {"nb": make, "settings": lambda wildcards: make(wildcards, {}, {}), "code": stage_code(rule)}
+        params = {"nb": make, "settings": lambda wildcards: make(wildcards, {}, {}), "code": stage_code(rule)}
+        # Revisions of models are in `settings`; those of data sets are in no notebook's parameters.
+        used = {"calibration": TEXTS, "evaluation": self.design.config["tasks"]}.get(rule, ())
+        known = [name for name in used if name in self.design.datasets and self.design.tier != "embedded"]
+        return params | ({"data": {name: self.design.datasets[name]["revision"] for name in known}} if known else {})
 
     def model(self, wildcards) -> str:
-        """Model of a rule whose wildcard is a model or a run."""
-        return getattr(wildcards, "model", None) or self.design.runs[wildcards.run]["model"]
+        """Model of a rule whose wildcard is a model or a run; of others the showcase's."""
+        run = getattr(wildcards, "run", self.design.showcase)
+        return getattr(wildcards, "model", None) or self.design.runs[run]["model"]
+
+    def texts(self, wildcards) -> dict[str, list[str]]:
+        """Local copies of the texts of a tier that has them; nothing where they come from the Hub or from Python."""
+        found = local_files(self.design, TEXTS)
+        return {"texts": found} if found else {}
+
+    def questions(self, wildcards) -> dict[str, list[str]]:
+        """Local copies of the tasks of a run, as `texts`."""
+        asked = self.design.config["tasks"] if self.design.runs[wildcards.run]["tasks"] == "yes" else []
+        found = local_files(self.design, asked)
+        return {"questions": found} if found else {}
+
+    def memory(self, wildcards) -> int:
+        """Megabytes of a job that holds the model: the tier's, or 7 bytes a parameter (weights, salience, a matrix)."""
+        grows = 0 if self.design.tier == "embedded" else 7
+        parameters = float(self.design.models[self.model(wildcards)]["parameters_m"])
+        return max(self.design.config["job_mem_mb"], int(grows * parameters))
+
+    def gpus(self, wildcards) -> int:
+        """GPUs of a job that holds the model."""
+        needed = int(self.design.models[self.model(wildcards)]["gpu_gb"])
+        return math.ceil(needed / self.design.config.get("gpu_size_gb", 80))
 
     def weights(self, wildcards) -> list[str]:
         """Files of the repository that hold the weights of the model."""
@@ -261,40 +286,3 @@ def job_threads(cores: int | None, mem_mb: int) -> int:
         return 1
     share = max(1 / available_cores(), mem_mb / available_memory_mb())
     return min(cores, max(1, math.ceil(cores * share - 1e-9)))
-
-
-def closing_words(design: Design, seconds: float | None = None, failed: bool = False) -> str:
-    """Return what is printed at the end: what ran, how long, where results are, what a bigger tier needs."""
-    stages: dict[str, dict[str, float]] = {}
-    for path in sorted(Path(design.results).rglob("*.manifest.json")):
-        text = path.read_text(encoding="utf-8")  # the same beside every result of one execution
-        manifest = json.loads(text)
-        stages.setdefault(manifest["notebook"], {})[text] = manifest["wall_seconds"]
-    lines = [
-        "",
-        f"SFMP replication, tier {design.tier}: "
-        + ("STOPPED; the failing rule's log is above, the same command continues" if failed else "done")
-        + (f" after {seconds:.0f} s" if seconds is not None else ""),
-    ]
-    lines += [
-        f"  {name:<24}{len(times):4} notebook runs {sum(times.values()):8.0f} s"
-        for name, times in sorted(stages.items())
-    ]
-    claims = Path(design.results) / "claims.csv"
-    if claims.is_file():
-        with open(claims, encoding="utf-8", newline="") as file:
-            verdicts = Counter(row.get("verdict", "").split(" (")[0] for row in csv.DictReader(file))
-        counts = (f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
-        lines.append(f"  claims    {', '.join(counts)}")
-    lines += [
-        f"  results   {design.results}/tables, figures, claims.csv, html/index.html, report.html",
-        "  evidence  every result has a manifest beside it: <file>.manifest.json",
-    ]
-    for path in (design.folder / "tiers" / f"{tier}.yaml" for tier in TIERS):
-        needs = read_yaml(path)["needs"]
-        if path.stem != design.tier:
-            lines.append(
-                f"  tier {path.stem} ({needs['status']} here): {needs['hardware']}; disk {needs['disk']}; "
-                f"time {needs['time']}\n    its plan: snakemake -n --config tier={path.stem}"
-            )
-    return "\n".join(lines)
