@@ -188,13 +188,16 @@ def _check_identity(folder, identity):
         _clear(folder)
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(dict(identity), indent=1)))
         return
-    before = json.loads(path.read_text("utf-8"))
-    differing = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
-    if differing:
-        shown = "; ".join(f"{key}: expected {_short(before.get(key))}, found {_short(identity.get(key))}"
-                          for key in differing)
-        raise SfmpError(f"{folder}: cannot resume work that was made from something else: {shown}. Give what it was "
+    if wrong := differences(json.loads(path.read_text("utf-8")), identity):
+        raise SfmpError(f"{folder}: cannot resume work that was made from something else: {wrong}. Give what it was "
                         "begun with, or remove that folder to begin again")
+
+
+def differences(before: Mapping[str, str], identity: Mapping[str, str]) -> str:
+    """Return what differs between what something was made from and what it is to be made from; "" if nothing does."""
+    differing = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
+    return "; ".join(f"{key}: expected {_short(before.get(key))}, found {_short(identity.get(key))}"
+                     for key in differing)
 
 
 def _short(value):

@@ -85,18 +85,50 @@ def _by_layer(stream, spec, kind, inside, done):
 
 def quantize_layers(stream: LayerStream, plan: Plan, windows, folder, progress: bool = False) -> None:
     """Quantize one layer after the other and write each to the work folder; begin after those that are there."""
-    folder, spec, depth = Path(folder), plan.spec, len(stream)
-    inside = [[name for name in plan if name.startswith(f"{prefix}.")] for prefix, _ in stream.layers]
-    first = next((index for index in range(depth) if not _layer_file(folder, index).exists()), depth)
+    folder, depth = Path(folder), len(stream)
+    first = next((index for index in range(depth) if not layer_file(folder, index).exists()), depth)
     stream.exposed = list(plan)
     warn_of_unknown(stream.model)
-    finished = sum(map(len, inside[:first]))
-    with counter(len(plan), "quantize", "matrix", progress, finished) as done:
-        calibrated = first < depth and spec.method != "rtn"
-        batches = _batches(stream, windows, spec.method, folder, first) if calibrated else []
-        for index in range(first, depth):
-            prefix, last = stream.layers[index][0], index == depth - 1
-            report = {"method": spec.method, "matrices": {}, "refused": []}
+    batches = []
+    if first < depth and plan.spec.method != "rtn":
+        batches = calibration_batches(stream, windows, plan.spec.method)
+        if first > 0:
+            _carry_on(batches, folder, first, stream.device)
+    quantize_range(stream, plan, range(first, depth), batches, folder, progress, carry=True)
+
+
+def quantize_range(stream: LayerStream, plan: Plan, layers: range, batches, folder, progress: bool = False,
+                   carry: bool = False) -> dict:
+    """Quantize some layers, one after the other, and write each to a folder.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Its `exposed` are the matrices of the plan.
+    plan : Plan
+    layers : range
+    batches : list of Batch
+        As they enter the first of them; none for rtn.
+    folder : path
+    progress : bool
+        Show a bar.
+    carry : bool
+        Keep the hidden states that go on, so that whoever finds the folder can begin after its last layer.
+
+    Returns
+    -------
+    dict
+        The report of these matrices, as `sfmp.apply.quantize_model` makes it.
+    """
+    folder, spec = Path(folder), plan.spec
+    inside = [[name for name in plan if name.startswith(f"{prefix}.")] for prefix, _ in stream.layers]
+    report = {"method": spec.method, "matrices": {}, "refused": []}
+    finished = sum(map(len, inside[:layers.start]))
+    with counter(finished + sum(len(inside[index]) for index in layers), "quantize", "matrix", progress,
+                 finished) as done:
+        for index in layers:
+            prefix, last = stream.layers[index][0], index == layers[-1]
+            warned = len(report["refused"])
             with stream.resident(index) as layer:
                 linears = {name: stream.model.get_submodule(name) for name in inside[index]}
                 job = Job(stream.model, plan, linears, report, done, SOLVERS[spec.method], Stats)
@@ -105,28 +137,31 @@ def quantize_layers(stream: LayerStream, plan: Plan, windows, folder, progress: 
                 else:
                     for name in inside[index]:
                         job.replace({name: job.solve(name, linears[name].weight.detach(), None)})
-                if batches and not last:
+                if batches and carry and not last:
                     _save(_carry_file(folder, index + 1), {str(n): b.hidden for n, b in enumerate(batches)})
-                _save_layer(_layer_file(folder, index), prefix, layer)
+                _save_layer(layer_file(folder, index), prefix, layer)
                 stream.finish()
             _carry_file(folder, index).unlink(missing_ok=True)
-            for sentence in report["refused"]:
+            for sentence in report["refused"][warned:]:
                 warnings.warn(f"awq: {sentence}", stacklevel=2)
+    return report
 
 
-def _batches(stream, windows, method, folder, first):
-    """Calibration batches as they enter layer `first`."""
-    from safetensors.torch import load_file
-
+def calibration_batches(stream, windows, method):
+    """Calibration batches as they enter the first layer, and what else every layer is called with."""
     windows = checked_windows(stream.model, windows, method)
     groups = [probe_of(windows), *batches_of(windows, SEARCH_TOKENS)]
     with stream.running():
-        batches = capture(stream.model, [layer for _, layer in stream.layers], groups)
-    if first > 0:
-        hidden = load_file(_carry_file(folder, first))
-        for number, batch in enumerate(batches):
-            batch.hidden = hidden[str(number)].to(stream.device)
-    return batches
+        return capture(stream.model, [layer for _, layer in stream.layers], groups)
+
+
+def _carry_on(batches, folder, first, device):
+    """Replace the hidden states by those that an earlier run left for layer `first`."""
+    from safetensors.torch import load_file
+
+    hidden = load_file(_carry_file(folder, first))
+    for number, batch in enumerate(batches):
+        batch.hidden = hidden[str(number)].to(device)
 
 
 def assemble(stream: LayerStream, plan: Plan, folder, tokenizer, *, origin=None, max_shard_size="5GB") -> None:
@@ -143,7 +178,6 @@ def assemble(stream: LayerStream, plan: Plan, folder, tokenizer, *, origin=None,
     """
     import shutil
 
-    from safetensors import safe_open
     from transformers.core_model_loading import dot_natural_key
 
     from sfmp.card import save_model_card
@@ -152,15 +186,11 @@ def assemble(stream: LayerStream, plan: Plan, folder, tokenizer, *, origin=None,
     shutil.rmtree(made(folder), ignore_errors=True)
     entries, where = {}, {}
     for index in range(len(stream)):
-        with safe_open(_layer_file(folder, index), framework="pt") as file:
-            entries |= json.loads(file.metadata()["sfmp_layer"])
-            where |= dict.fromkeys(file.keys(), _layer_file(folder, index))
+        found, names = layer_entries(layer_file(folder, index))
+        entries |= found
+        where |= dict.fromkeys(names, layer_file(folder, index))
     expose_linears(model, entries)
-    for name, entry in entries.items():
-        sizes = {key: entry[key] for key in ("group_size", "block_rows", "plane_words", "bias")}
-        bias = model.get_submodule(name).bias
-        kind = None if bias is None else bias.dtype
-        model.set_submodule(name, SFMPLinear.empty(*entry["shape"], **sizes, device="meta", dtype=kind))
+    put_empty(model, entries)
     attach(model, plan, origin)
 
     def described(_):
@@ -180,6 +210,15 @@ def assemble(stream: LayerStream, plan: Plan, folder, tokenizer, *, origin=None,
     save_model_card(None, made(folder))
 
 
+def put_empty(model, entries) -> None:
+    """Put SFMPLinear modules on the meta device in the places of linear layers, by what `layer_entries` says."""
+    for name, entry in entries.items():
+        sizes = {key: entry[key] for key in ("group_size", "block_rows", "plane_words", "bias")}
+        bias = model.get_submodule(name).bias
+        kind = None if bias is None else bias.dtype
+        model.set_submodule(name, SFMPLinear.empty(*entry["shape"], **sizes, device="meta", dtype=kind))
+
+
 class _Stored:
     """Tensors of the finished layers by name, read when asked for."""
 
@@ -195,7 +234,16 @@ class _Stored:
         return tensor.clone() if tensor.nbytes < 1 << 20 else tensor
 
 
-def _layer_file(folder, index):
+def layer_entries(path) -> tuple[dict, list[str]]:
+    """Return what config.json says about the packed matrices of a layer file, and the names of all its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["sfmp_layer"]), list(file.keys())
+
+
+def layer_file(folder, index) -> Path:
+    """Return where a finished layer is kept."""
     return folder / f"layer-{index:05d}.safetensors"
 
 
