@@ -22,7 +22,7 @@ design = load_design(config)
 shared = Rules(design)
 R, L = design.results, f"{design.results}/logs"
 MODEL, SHOWCASE = design.showcase_model, design.showcase
-CORES = workflow.cores
+CORES, GPU = workflow.cores, 0 if design.config["device"] == "cpu" else 1
 # Megabytes, and threads that keep jobs within the machine: of a notebook that holds a model, and of one that does not.
 HEAVY, LIGHT = design.config["job_mem_mb"], 1000
 HEAVY_THREADS, LIGHT_THREADS = job_threads(CORES, HEAVY), job_threads(CORES, LIGHT)

@@ -1,0 +1,233 @@
+"""Local copies read like the Hub: texts, tasks with the prompts of lm-eval, models; devices as the environment says."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sfmp import data, places, stage_evaluation, stages, standard_tasks
+from sfmp.checks import SfmpError
+
+SIX = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winogrande")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def roots(shared_data, monkeypatch, tmp_path):
+    """Environment of a job on a machine without network."""
+    monkeypatch.setenv(places.DATA_ROOT, str(shared_data))
+    monkeypatch.setenv(places.MODELS_ROOT, str(shared_data / "models"))
+    return shared_data
+
+
+def test_texts_of_a_hub_model_are_the_local_copies(roots):
+    calibration = stages.documents("owner/name@abc", "calibration")
+    evaluation = stages.documents("owner/name@abc", "evaluation")
+    assert len(calibration) == 118 and all(text.strip() for text in calibration)
+    rows = [json.loads(line)["text"] for line in (roots / "wikitext2_raw/test.jsonl").read_text("utf-8").splitlines()]
+    assert evaluation == rows and len(rows) == 4358
+    assert "" in evaluation  # blank lines count: perplexity is that of all rows joined
+    assert data.load_text("dataset:wikitext2") == [text for text in rows if text.strip()]
+
+
+def test_a_missing_copy_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setenv(places.DATA_ROOT, str(tmp_path))
+    with pytest.raises(SfmpError, match=f"expected c4 as {tmp_path}/c4_sample/docs.jsonl.*sfmp fetch c4"):
+        data.load_text("dataset:c4")
+    with pytest.raises(SfmpError, match="mmlu: local copies of it are not read"):
+        standard_tasks.write_definitions(tmp_path, "mmlu")
+    with pytest.raises(SfmpError, match="data set 'c5': expected one of c4,"):
+        data.load_text("dataset:c5")
+    with pytest.raises(SfmpError, match="expected a text, found a task"):
+        data.load_text("dataset:piqa")
+    monkeypatch.setenv(places.MODELS_ROOT, str(tmp_path))
+    with pytest.raises(SfmpError, match=f"models.root: expected config.json in {tmp_path}/a/b.*--revision {COMMIT}"):
+        stages.load_model(f"a/b@{COMMIT}")
+
+
+def test_without_roots_everything_is_the_hubs_at_its_revision(monkeypatch):
+    import datasets
+
+    for name in (places.DATA_ROOT, places.MODELS_ROOT):
+        monkeypatch.delenv(name, raising=False)
+    calls, rows = [], places.dataset
+    monkeypatch.setattr(places, "dataset", lambda name: {**rows(name), "revision": COMMIT})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or {"text": ["some", ""]})
+    assert stages.documents("owner/name", "evaluation") == ["some", ""]
+    assert stages.documents("owner/name", "calibration") == ["some"]
+    assert calls == [
+        (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test", "revision": COMMIT}),
+        (("allenai/c4", None), {"split": "train[:20000]", "revision": COMMIT,
+                                "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}}),
+    ]
+    assert stages.located(f"owner/name@{COMMIT}") == ("owner/name", {"revision": COMMIT})
+
+
+def hub_rows(task, rows):
+    """The exported rows in the columns of the Hub; written apart from the package."""
+    for row in rows:
+        if task.startswith("arc"):
+            yield {"id": row["id"], "question": row["question"], "answerKey": "12345"[row["gold"]],
+                   "choices": {"text": row["choices"], "label": list("12345")[: len(row["choices"])]}}
+        elif task == "hellaswag":
+            yield {"ind": 1, "activity_label": row["activity_label"], "ctx_a": row["ctx"], "ctx_b": "",
+                   "endings": row["choices"], "label": str(row["gold"])}
+        elif task == "piqa":
+            yield {"goal": row["goal"], "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["gold"]}
+        elif task == "boolq":
+            yield {"passage": row["passage"], "question": row["question"], "idx": 0, "label": row["gold"]}
+        else:
+            yield {name: row[name] for name in ("sentence", "option1", "option2", "answer")}
+
+
+def requests_of(task):
+    """Everything a model is asked and how the answers are scored."""
+    task.build_all_requests(rank=0, world_size=1)
+    asked = [(instance.request_type, instance.doc_id, *instance.args) for instance in task.instances]
+    targets = [task.doc_to_target(doc) for doc in task.eval_docs]
+    config = task.config
+    return {"requests": asked, "targets": targets, "metrics": config.metric_list, "type": config.output_type,
+            "delimiter": config.target_delimiter, "shots": config.num_fewshot, "filters": config.filter_list,
+            "higher": task.higher_is_better(), "aggregation": {k: v.__name__ for k, v in task.aggregation().items()}}
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_rendered_requests_are_those_of_the_stock_task(name, shared_data, tmp_path, monkeypatch):
+    """The stock task of lm-eval, given the same rows in the Hub's columns, asks and scores the very same."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    lines = (shared_data / "tasks" / f"{name}.jsonl").read_text("utf-8").split("\n")[:200]
+    rows = [json.loads(line) for line in lines if line]
+    for folder, content in (("exported", rows), ("hub", list(hub_rows(name, rows)))):
+        path = tmp_path / folder / "tasks" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in content), "utf-8")
+    stock_folder = Path(lm_eval.__file__).parent / "tasks" / standard_tasks.STOCK[name]
+    manager = TaskManager(include_path=str(stock_folder.parent), include_defaults=False)
+    where = {split: str(tmp_path / "hub" / "tasks" / f"{name}.jsonl") for split in ("train", "validation", "test")}
+    inline = {"group": "stock", "task": [{"task": name, "dataset_path": "json", "dataset_name": None,
+                                          "dataset_kwargs": {"data_files": where, "cache_dir": str(tmp_path / "c")}}]}
+    stock = requests_of(single(manager.load_task_or_group([inline])))
+    assert len(stock["targets"]) == len(rows) and len(stock["requests"]) >= 2 * len(rows)
+    for folder in ("exported", "hub"):  # the two layouts of a copy
+        monkeypatch.setenv(places.DATA_ROOT, str(tmp_path / folder))
+        written = tmp_path / f"{folder} definitions"
+        written.mkdir()
+        assert standard_tasks.write_definitions(written, name) == [name]
+        ours = TaskManager(include_path=str(written), include_defaults=False).load_task_or_group([name])
+        assert requests_of(single(ours)) == stock
+
+
+def single(found):
+    """The one task of what a task manager returns."""
+    while isinstance(found, dict):
+        [found] = found.values()
+    return found
+
+
+def test_a_damaged_copy_names_its_file(tmp_path, monkeypatch):
+    path = tmp_path / "tasks" / "piqa.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"goal": "g", "gold": 0, "choices": ["one"]}\n', "utf-8")
+    monkeypatch.setenv(places.DATA_ROOT, str(tmp_path))
+    with pytest.raises(SfmpError, match=f"{path}: expected rows of piqa"):
+        standard_tasks.write_definitions(tmp_path, "piqa")
+
+
+def test_definitions_of_the_hub_pin_its_revision(tmp_path, monkeypatch):
+    monkeypatch.delenv(places.DATA_ROOT, raising=False)
+    rows = places.dataset
+    monkeypatch.setattr(places, "dataset", lambda name: {**rows(name), "revision": COMMIT})
+    names = standard_tasks.write_definitions(tmp_path, "mmlu")
+    assert len(names) == 57 and "mmlu_anatomy" in names
+    for name in (*names, *standard_tasks.write_definitions(tmp_path, "gsm8k")):
+        definition = json.loads((tmp_path / f"{name}.yaml").read_text("utf-8"))
+        assert definition["dataset_kwargs"] == {"revision": COMMIT} and definition["task"] == name
+        assert Path(definition["include"]).is_file() and set(definition) == {"task", "include", "dataset_kwargs"}
+
+
+def test_tasks_run_on_a_local_model(roots, monkeypatch):
+    monkeypatch.setattr(standard_tasks, "stock_row", remember(standard_tasks.stock_row, kept := []))
+    model, tokenizer = stages.load_model(f"karpathy/stories260K@{COMMIT}")
+    assert (model.config._name_or_path, model.config._commit_hash) == ("karpathy/stories260K", COMMIT)
+    scores = standard_tasks.accuracy(model, tokenizer, ["arc_easy", "winogrande"], limit=20)
+    assert kept and set(scores) == {"arc_easy", "winogrande"}
+    easy, grande = scores["arc_easy"], scores["winogrande"]
+    assert easy["n"] == 20 and easy["chance"] == pytest.approx(0.25, abs=0.02) and grande["chance"] == 0.5
+    assert grande["acc"] == grande["acc_norm"]  # lm-eval has no other metric for it
+    # By hand: the likeliest of the two sentences, given what follows the gap.
+    rows = [json.loads(line) for line in (roots / "tasks/winogrande.jsonl").read_text("utf-8").splitlines()[:20]]
+    right = sum(by_hand(model, tokenizer, row) == int(row["answer"]) - 1 for row in rows)
+    assert grande["acc"] == pytest.approx(right / 20)
+    assert grande["acc_stderr"] == pytest.approx(math.sqrt(grande["acc"] * (1 - grande["acc"]) / 19))
+
+
+def remember(function, kept):
+    return lambda *arguments: kept.append(arguments) or function(*arguments)
+
+
+def by_hand(model, tokenizer, row):
+    """Index of the option after which the rest of the sentence is likelier."""
+    before, _, after = row["sentence"].partition("_")
+    totals = []
+    for option in (row["option1"], row["option2"]):
+        whole = tokenizer(before + option + " " + after.strip())["input_ids"]
+        start = len(tokenizer(before + option)["input_ids"])
+        with torch.no_grad():
+            logp = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+        totals.append(sum(float(logp[at - 1, whole[at]]) for at in range(start, len(whole))))
+    return totals.index(max(totals))
+
+
+def test_a_copy_of_another_revision_is_refused(tmp_path, monkeypatch):
+    note = tmp_path / "name" / ".cache/huggingface/download/config.json.metadata"
+    note.parent.mkdir(parents=True)
+    (tmp_path / "name" / "config.json").write_text("{}")
+    note.write_text(f"{COMMIT}\netag\n0.0\n")
+    monkeypatch.setenv(places.MODELS_ROOT, str(tmp_path))
+    assert stages.located(f"owner/name@{COMMIT}") == (str(tmp_path / "name"), {})
+    with pytest.raises(SfmpError, match=f"expected revision {'1' * 40} of owner/name, found {COMMIT}"):
+        stages.located(f"owner/name@{'1' * 40}")
+
+
+def test_stages_load_where_the_environment_says(monkeypatch):
+    asked = []
+
+    def from_pretrained(source, dtype, **options):
+        asked.append((source, dtype, options))
+        return SimpleNamespace(parameters=lambda: iter([torch.empty(0, device="meta")])), None
+
+    monkeypatch.setattr(stages, "load_model", from_pretrained)
+    monkeypatch.setattr("sfmp.model_source.chosen_device", lambda name: asked.append(name))
+    for device, placed in (("cuda", {"device_map": {"": "cuda:0"}}), ("spread", {"device_map": "auto"})):
+        asked.clear()
+        monkeypatch.setenv(places.DEVICE, device)
+        monkeypatch.setenv(places.DTYPE, "bfloat16")
+        with pytest.raises(SfmpError, match="found parts on meta; give the job more GPUs"):
+            stages.load_placed("owner/name")
+        assert asked == ["cuda", ("owner/name", "bfloat16", placed)]
+    for name in (places.DEVICE, places.DTYPE):
+        monkeypatch.delenv(name)
+    stages.load_placed("owner/name")
+    assert asked[-1] == ("owner/name", "float32", {})
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    monkeypatch.setenv(places.DEVICE, "cuda")
+    with pytest.raises(SfmpError, match="device 'cuda': expected cpu, or cuda where there is one"):
+        stages.load_model("embedded")
+
+
+def test_inputs_follow_the_model():
+    """The evaluation notebook hands tokens of the CPU to a model that may be elsewhere."""
+    model = torch.nn.Linear(2, 2, device="meta")
+    given = {"input_ids": torch.ones(1), "use_cache": True}
+    args, kwargs = stage_evaluation._move_inputs(model, (torch.ones(1),), given)
+    assert args[0].device.type == kwargs["input_ids"].device.type == "meta" and kwargs["use_cache"] is True
