@@ -22,7 +22,7 @@ design = load_design(config)
 shared = Rules(design)
 R, L = design.results, f"{design.results}/logs"
 MODEL, SHOWCASE = design.showcase_model, design.showcase
-CORES, GPU = workflow.cores, 0 if design.config["device"] == "cpu" else 1
+CORES, GPU = workflow.resource_settings.cores, 0 if design.config["device"] == "cpu" else 1
 # Megabytes, and threads that keep jobs within the machine: of a notebook that holds a model, and of one that does not.
 HEAVY, LIGHT = design.config["job_mem_mb"], 1000
 HEAVY_THREADS, LIGHT_THREADS = job_threads(CORES, HEAVY), job_threads(CORES, LIGHT)
@@ -282,8 +282,8 @@ rule publish:
 rule train_embedded:
     output: directory("results/embedded/train/model")
     log: "results/embedded/logs/train_embedded.txt"
-    params: cores=min(CORES, available_cores())
-    threads: CORES
+    params: cores=min(CORES or 1, available_cores())
+    threads: CORES or 1
     resources: mem_mb=4000
     shell: "OMP_NUM_THREADS={params.cores} python -m sfmp.train --out results/embedded/train 2>&1 | tee {log:q}"
 
