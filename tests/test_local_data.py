@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
-from sfmp import data, places, stage_evaluation, stages, standard_tasks
+from sfmp import data, places, stage_evaluation, stages, standard_tasks, workflow
 from sfmp.checks import SfmpError
+from sfmp.design import load_design
 
+ROOT = Path(__file__).resolve().parents[1]
 SIX = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winogrande")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -31,6 +34,17 @@ def test_texts_of_a_hub_model_are_the_local_copies(roots):
     assert evaluation == rows and len(rows) == 4358
     assert "" in evaluation  # blank lines count: perplexity is that of all rows joined
     assert data.load_text("dataset:wikitext2") == [text for text in rows if text.strip()]
+
+
+def test_copies_are_inputs_of_the_jobs_that_read_them(shared_data):
+    """So a manifest holds their checksums, and a changed copy reruns what was made from it."""
+    config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text("utf-8"))
+    design = load_design({**config, "tier": "small", "data": {"root": str(shared_data)}}, ROOT / "config")
+    rules = workflow.Rules(design)
+    texts = [str(shared_data / path) for path in ("c4_sample/docs.jsonl", "wikitext2_raw/test.jsonl")]
+    assert rules.texts(SimpleNamespace(model="qwen3-0.6b")) == {"texts": texts}
+    asked = {row["tasks"]: rules.questions(SimpleNamespace(run=run)) for run, row in design.runs.items()}
+    assert asked == {"no": {}, "yes": {"questions": [str(shared_data / "tasks" / f"{name}.jsonl") for name in SIX]}}
 
 
 def test_a_missing_copy_is_one_clear_error(tmp_path, monkeypatch):

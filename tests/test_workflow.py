@@ -227,6 +227,7 @@ def test_dry_run_plans_every_run_once(checkout, tier):
     text = snakemake(checkout, "-n", "--cores", "8", "--config", f"tier={tier}")
     planned = jobs(text)
     design = load_design({**CONFIG, "tier": tier}, ROOT / "config")
+    assert f"tier {tier}: {len(design.runs)} runs" in text and ("GPU hours" in text) == (tier != "embedded")
     assert planned["evaluation"] == len(design.runs)
     assert planned["quantization"] == len(design.planned)
     assert planned.get("rival", 0) == len(design.rivals)
