@@ -12,16 +12,17 @@ from typing import NamedTuple
 
 from sfmp.design import FP, Design
 
-FLOPS = 1.2e14  # operations a second that a GPU sustains
+FLOPS, FLOAT32 = 1.2e14, 2e13  # operations a second that a GPU sustains in bfloat16 and in float32
 READ = 1e9  # bytes a second in which a model is read
 ROUNDING = 0.04  # seconds to round a billion weights once: 60 bytes a weight at 1.5 TB/s
 GPTQ, PACKING, SVD = 80, 30, 60  # seconds for a billion weights; of SVD for each level
 AWQ_GRID, AWQ_TOKENS = 20, 2048
 GUIDED_PASSES, GUIDED_WINDOWS = 100, 8  # of the allocation notebook, which holds 2 GiB of Hessians at once
 ASSUMPTIONS = (
-    "ESTIMATES, nothing of this was measured: 2 operations a parameter and token, 6 with gradients, at 120 TFLOP/s",
-    "(an A100 at 40 %); models read at 1 GB/s; GPTQ 80 s, packing 30 s, an SVD 60 s for a billion weights; the hours",
-    "of a job count all its GPUs; disk: 2 bytes a parameter to download, 4 for a salience, bpw / 8 for a checkpoint",
+    "ESTIMATES, nothing of this was measured: 2 operations a parameter and token, 6 with gradients, at 120 TFLOP/s (an",
+    "A100 at 40 %), at 20 where float32 is used: calibrated quantizers, packed models in evaluation; models read at",
+    "1 GB/s; GPTQ 80 s, packing 30 s, an SVD 60 s for a billion weights; the hours of a job count all its GPUs; disk:",
+    "2 bytes a parameter to download, 4 for a salience, bpw / 8 for a checkpoint",
 )
 EVERYTHING = ("all", "tables", "figures", "claims", "html", "report", "summary", "publish")
 COSTS = ("calibration", "salience", "quantization", "search", "rival")  # what the target `costs` needs
@@ -76,7 +77,7 @@ def _work(design: Design) -> Iterator[tuple[str, str, float, float]]:
             yield rule, model, seconds + PACKING * weights / 1e9, float(row["bpw"]) / 8 * weights
         read = sum(float(design.datasets[name]["tokens_k"]) * 1e3
                    for name in ("wikitext2", *(design.config["tasks"] if row["tasks"] == "yes" else ())))
-        yield "evaluation", model, one * read, 0.0
+        yield "evaluation", model, one * read * (1 if row["method"] == FP else FLOPS / FLOAT32), 0.0
 
 
 def _pass(weights):
@@ -94,12 +95,13 @@ def _search(design):
 def _quantizing(design, row, billions, one, tokens):
     """Seconds of quantizing a model as a row says, without packing."""
     method, knobs = row["method"].removeprefix("sfmp-"), design.knobs
-    awq = AWQ_GRID * (ROUNDING * billions + one * AWQ_TOKENS) + 2 * one * tokens
-    gptq = GPTQ * billions + 2 * one * tokens
+    exact = one * FLOPS / FLOAT32  # a token through the layers of a calibrated quantizer
+    awq = AWQ_GRID * (ROUNDING * billions + exact * AWQ_TOKENS) + 2 * exact * tokens
+    gptq = GPTQ * billions + 2 * exact * tokens
     if method == "slim_llm":
         windows = min(knobs[method]["sba_windows"], design.config["n_windows"])
         exchanges = max(1, 4096 // int(row["group_size"]) // 2 - 1)
-        return gptq + exchanges * (windows * ROUNDING * billions + one * windows * design.config["seqlen"])
+        return gptq + exchanges * (windows * ROUNDING * billions + exact * windows * design.config["seqlen"])
     if method == "bitstack":
         layers = int(design.models[row["model"]]["layers"])
         sorting = 7 * layers * one * knobs[method]["sort_windows"] * design.config["seqlen"]

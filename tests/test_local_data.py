@@ -239,6 +239,30 @@ def test_a_gpu_that_is_not_there_is_told(monkeypatch):
         stages.load_model("embedded")
 
 
+def test_a_placed_checkpoint_is_evaluated_with_dequantized_weights_throughout(tiny_llama, monkeypatch):
+    """As `perplexity` computes: kernels of a GPU in bfloat16 would be another computation."""
+    from sfmp import QuantSpec, make_plan, quantize_model
+    from sfmp.linear import StoredLinear
+    from sfmp.salience import SALIENCE_SOURCES
+
+    windows = torch.arange(32).reshape(2, 16)
+    plan = make_plan(SALIENCE_SOURCES["magnitude"](tiny_llama, windows, 0), QuantSpec(block_rows=32, method="rtn"))
+    quantize_model(tiny_llama, plan, windows)
+    layers = [module for module in tiny_llama.modules() if isinstance(module, StoredLinear)]
+    run = SimpleNamespace(inputs={"checkpoint": "folder"})
+    monkeypatch.setattr(stage_evaluation, "load_placed", lambda source: (tiny_llama, None))
+    monkeypatch.setattr(stage_evaluation, "load_tokenizer", lambda source: None)
+    stage_evaluation.load_for_evaluation(run, "owner/name")
+    assert layers and not any("keep" in layer._cache for layer in layers)
+    monkeypatch.setenv(places.DEVICE, "spread")
+    model, _ = stage_evaluation.load_for_evaluation(run, "owner/name")
+    assert all(layer._cache["keep"] for layer in layers)
+    with torch.no_grad():
+        logp = model(input_ids=windows[:1]).logits[0].log_softmax(-1)
+    hand = math.exp(-sum(float(logp[at, windows[0, at + 1]]) for at in range(15)) / 15)
+    assert hand == pytest.approx(stage_evaluation.perplexity(model, windows[:1], 16), rel=1e-6)
+
+
 def test_inputs_follow_the_model():
     """The evaluation notebook hands tokens of the CPU to a model that may be elsewhere."""
     model = torch.nn.Linear(2, 2, device="meta")
