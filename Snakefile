@@ -123,8 +123,8 @@ use rule calibration as quantization with:
     params: **shared.params("quantization")
     wildcard_constraints: run=shared.one_of(design.planned)
 
-if design.config.get("scatter"):  # jobs share the layers of a run
-    include: "rules/scatter.smk"
+if design.config.get("scatter") or design.tier != "embedded":  # layers shared by jobs; downloads ahead of them
+    include: "rules/cluster.smk"
 
 # AMQ's search serves every budget, so it is done once. What others wait for goes first: the search, then the rivals.
 use rule calibration as search with:

@@ -1,6 +1,6 @@
 """The workflow on a real Slurm: layers shared by jobs give the bytes of a local run.
 
-    tests/slurm_node.sh start /tmp/slurm && export SLURM_CONF=/tmp/slurm/slurm.conf    # as root; see there
+    tests/slurm_node.sh start /tmp/slurm    # as root; see there
     SFMP_TEST_SLURM=1 pytest tests/test_slurm.py
 """
 

@@ -191,7 +191,7 @@ run.finish()
 @pytest.fixture
 def checkout(tmp_path):
     """The workflow of the repository with notebooks that do nothing but write what they are asked for."""
-    for name in ("config", "profiles", "report", "results/reference/cpu"):
+    for name in ("config", "profiles", "report", "rules", "results/reference/cpu"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "Snakefile", tmp_path)
     for stem, names in workflow.NOTEBOOKS.values():
