@@ -62,7 +62,8 @@ def test_pieces_on_slurm_have_the_bytes_of_a_local_run(checkout):
     assert (contents(results / "models" / RUN), (checkout / TARGET).read_bytes()) == local
     submitted = dict.fromkeys(re.findall(r"SLURM jobid (\d+)", text))
     shown = subprocess.run(["scontrol", "show", "jobs"], capture_output=True, text=True, timeout=60).stdout
-    jobs = [job for job in shown.split("\n\n") if re.search(r"JobId=(\d+)", job)[1] in submitted] if shown else []
+    known = {found[1]: job for job in shown.split("\n\n") if (found := re.search(r"JobId=(\d+)", job))}
+    jobs = [known[number] for number in submitted]
     assert len(submitted) == 8  # windows, salience, plan, inputs, three pieces, and gathering them
     assert all("JobState=COMPLETED" in job for job in jobs)
     if gpus:
