@@ -100,8 +100,8 @@ def plan(layout: MmaLayout, tokens: int, kind: str, *, warps: int | None = None,
 
     blocks = len(layout.block_tiles) - 1
     if blocks > MOST_BLOCKS:
-        raise SfmpError(f"packed: expected at most {MOST_BLOCKS} row blocks for mode mma, found {blocks}; use mode lut or "
-                        "larger block_rows")
+        raise SfmpError(f"packed: expected at most {MOST_BLOCKS} row blocks for mode mma, found {blocks}; use mode lut "
+                        "or larger block_rows")
     most = min(tokens, mma.most_tokens(layout.widths, layout.segment))
     warps = min(warps or choose_warps(layout, most, kind),
                 mma.resident_warps(layout.widths, most, kind, layout.segment))
