@@ -24,7 +24,7 @@ SHOWN = ["shape", "tokens", "name", "family", "mode", "bits", "layout", "natural
          "predicted_us", "of_predicted", "error", "samples"]
 FITS = ["shape", "mode", "dtype", "fixed_us", "us_per_bit", "r2", "mixed_speed"]
 LAYOUTS = ["shape", "mode", "dtype", "bits", "blocks_us", "columns_us", "columns_over_blocks"]
-REORDERING = ["shape", "mode", "dtype", "bits", "gather", "natural_us", "us", "speed_kept"]
+REORDERING = ["shape", "mode", "dtype", "bits", "gather", "natural_us", "us", "speed_kept", "used"]
 CROSSOVERS = ["shape", "way", "bits", "faster_than_fp16", "fastest_way", "measured", "crossed"]
 WIDTHS = [*SHOWN, "table_width", "group_size", "table_bytes"]
 ACCURACY = ["shape", "mode", "bits", "dtype", "activations", "error"]
@@ -186,16 +186,17 @@ def reordering(table: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        `shape, mode, dtype, bits, gather, natural_us, us, speed_kept` (natural over permuted time).
+        `shape, mode, dtype, bits, gather, natural_us, us, speed_kept` (natural over permuted time), `used` (this is
+        the gather of :func:`ours`; the others were measured for comparison).
     """
     found = []
     keys = ["shape", "mode", "dtype", "bits", "layout"]
-    rows = table[table.family == "sfmp"]
+    rows, used = table[table.family == "sfmp"], ours(table).index
     natural = rows[rows.natural.astype(bool)].groupby(keys).us.min()
     for row in rows[~rows.natural.astype(bool)].itertuples():
         key = (row.shape, row.mode, row.dtype, row.bits, row.layout)
         if key in natural.index:
-            found.append((*key[:4], row.gather, natural[key], row.us, natural[key] / row.us))
+            found.append((*key[:4], row.gather, natural[key], row.us, natural[key] / row.us, row.Index in used))
     return pd.DataFrame(found, columns=REORDERING)
 
 

@@ -1,7 +1,9 @@
 """The tensor-core kernel in the CUDA simulator: every bit-width and group size, ragged edges, permutations."""
 
+import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from cases import packed_case
 from simulation import ROUNDING, SUMS, simulate
@@ -94,3 +96,9 @@ def test_default_plans_fit_every_device(levels, group_size, warps):
         for kind in ("float16", "bfloat16"):
             for launch in mma_run.plan(layout, tokens, kind, warps=warps).launches:
                 assert launch.shared_bytes <= mma_run.MOST_BYTES and launch.threads <= 512
+
+
+def test_more_row_blocks_than_a_grid_has_are_refused():
+    layout = dataclasses.replace(_layout(40, 128), block_tiles=np.arange(65537, dtype=np.int32))
+    with pytest.raises(SfmpError, match="row blocks for mode mma, found 65536; use mode lut"):
+        mma_run.plan(layout, 1, "float16")

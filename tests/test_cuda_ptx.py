@@ -1,73 +1,25 @@
-"""Kernels compiled for five compute capabilities without a device: what their PTX and, with ptxas, their code holds."""
+"""Look-up kernels compiled for five compute capabilities without a device: what their PTX and their code hold."""
 
-import functools
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).parent
-CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    """Numba compiles with libnvvm and asks libnvrtc what it may compile for."""
-    pathfinder = pytest.importorskip("cuda.pathfinder", reason="needs numba-cuda")
-    for library in ("nvvm", "nvrtc"):
-        try:
-            pathfinder.load_nvidia_dynamic_lib(library)
-        except Exception as error:
-            pytest.skip(f"needs lib{library} to compile for CUDA: {str(error).splitlines()[0]}")
-
-
-BASE = {"name": "lut", "kind": "float16", "levels": [2, 3, 4]}
-REQUESTS = {f"sum {kind}": {**BASE, "kind": kind, "group_size": 128, "launch": 1} for kind in ("float16", "bfloat16")}
-for _width, _tokens, _segment in ((8, 1, 128), (4, 8, 128), (6, 4, 64), (2, 8, 32)):
-    REQUESTS[f"lut {_width}"] = {**BASE, "width": _width, "tokens": _tokens, "group_size": _segment, "launch": 0}
-
-
-@functools.cache
-def compile_ptx(capability):
-    """PTX of all requests."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS.parent), os.environ.get("PYTHONPATH", "")))}
-    command = [sys.executable, str(TESTS / "compile_cuda.py"), *map(str, capability), json.dumps([*REQUESTS.values()])]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(REQUESTS, json.loads(done.stdout), strict=True))
-
-
-def assemble(ptx, capability, folder):
-    """(registers, bytes of stack and spills, bytes of shared memory) as ptxas tells; skips without it."""
-    if shutil.which("ptxas") is None:
-        pytest.skip("needs ptxas to count registers")
-    (folder / "kernel.ptx").write_text(ptx)
-    command = ["ptxas", "-v", f"-arch=sm_{capability[0]}{capability[1]}", "kernel.ptx", "-o", "kernel.cubin"]
-    told = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr[-2000:]
-    memory = sum(int(size) for size in re.findall(r"(\d+) bytes (?:stack|spill)", told.stderr))
-    shared = re.search(r"(\d+) bytes smem", told.stderr)
-    return int(re.search(r"Used (\d+) reg", told.stderr)[1]), memory, int(shared[1]) if shared else 0
+from cuda_ptx import CAPABILITIES, LUT, assemble, compile_ptx, compiler  # noqa: F401 - compiler is a fixture
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", ("lut 2", "lut 4", "lut 6", "lut 8"))
-def test_look_up_kernel_keeps_its_sums_in_registers(capability, name, tmp_path):
+@pytest.mark.parametrize("name", LUT)
+def test_look_up_kernel_keeps_its_sums_in_registers(capability, name):
     from kernels_numba.gpu import lut
 
-    ptx, tokens, width = compile_ptx(capability)[name], REQUESTS[name]["tokens"], REQUESTS[name]["width"]
+    ptx, tokens, width = compile_ptx(capability)[name], LUT[name]["tokens"], LUT[name]["width"]
     assert re.search(rf"^\.target sm_{capability[0]}{capability[1]}$", ptx, re.MULTILINE)
     once, kept = (ptx.count(f"ld.global.nc.{cached}L2::256B.v4.u32") for cached in ("L1::no_allocate.", ""))
     assert (once, kept) == ((2, 2) if tokens == 1 else (0, 4))  # lines of a plane; numbers of columns
     assert not re.search(r"\.local|\bcall\b|\batom\.|\bred\.", ptx)
     assert ptx.count("ld.shared.f32 ") >= 16 * {8: 1, 6: 2, 4: 2, 2: 4}[width]
-    registers, memory, shared = assemble(ptx, capability, tmp_path)
-    assert memory == 0 and registers <= 128 and shared == lut.shared_bytes(width, tokens)
+    registers, memory, shared, _ = assemble(ptx, capability)
+    assert memory == 0 and registers <= 128
+    assert shared - lut.shared_bytes(width, tokens) in (0, 1024)  # of which 1024 are the system's on some chips
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

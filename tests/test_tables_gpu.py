@@ -105,7 +105,9 @@ def test_column_groups_and_reordering(evidence):
     products = tables.products(evidence)
     layouts = tables.layouts(products)
     assert len(layouts) == 8 and layouts.columns_over_blocks.to_numpy() == pytest.approx(1.4)
-    kept = named(tables.reordering(products), "shape", "mode", "gather").speed_kept
+    found = named(tables.reordering(products), "shape", "mode", "gather")
+    kept, used = found.speed_kept, found.used[SMALL]
+    assert used["mma", "fused"] and not used["mma", "own kernel"] and not used["lut", "unfused"]
     assert kept[SMALL, "lut", "fused"] == pytest.approx(1 / 1.1)
     assert kept[SMALL, "mma", "unfused"] == pytest.approx(1 / 1.5)
     assert kept[SMALL, "mma", "own kernel"] == pytest.approx(1 / 1.3)

@@ -37,7 +37,7 @@ from kernels_numba.gpu.primitives import (
 from kernels_numba.gpu.records import LANE_COLUMNS, LANES, LINE_BYTES, STRIP_ROWS
 
 SHARED_BYTES = 48 << 10  # what a block has without asking the driver for more
-RESIDENT_WARPS = {1: 24}  # of a processor, by tokens, else 16; their registers are what is left for the sums of a lane
+RESIDENT_WARPS = 16  # of a processor at least; with 24 some sums of a lane spill where nvJitLink assembles for 8.x
 WARPS = 8  # of a block, where nothing else was measured
 MASKS = {128: (8, 4, 2, 1), 64: (4, 2, 1, 8), 32: (2, 1, 4, 8)}  # lanes that add: first those of one segment
 
@@ -119,7 +119,7 @@ def make_kernel(width: int, tokens: int, kind: str, segment: int, warps: int = W
     first_mask, second_mask, third_mask, fourth_mask = MASKS[segment]
     tile_segments = LANES // lanes
 
-    @kernel(threads, max(1, RESIDENT_WARPS.get(tokens, 16) // warps))
+    @kernel(threads, max(1, RESIDENT_WARPS // warps))
     def lut(lines, scales, tile_bits, tile_line, tile_record, segments, columns, block_tiles, panels, x, partial,
             in_features, rows, count):
         tables = cuda.shared.array(table_size, F)

@@ -16,6 +16,7 @@ FUSED_TOKENS = 2  # where every strip gathers activations by default
 FEW_STRIPS = 256  # fewer leave processors of a large device one block at most, which then has 16 warps
 WARPS, MANY_WARPS = 8, 16
 STAGES = (2, 3, 4)
+MOST_BLOCKS = 65535  # of the second dimension of a grid
 
 
 def layout_arrays(layout: MmaLayout) -> dict[str, np.ndarray]:
@@ -93,10 +94,14 @@ def plan(layout: MmaLayout, tokens: int, kind: str, *, warps: int | None = None,
     Raises
     ------
     SfmpError
-        Activations that do not fit shared memory, or an option that does not exist.
+        Activations that do not fit shared memory, more row blocks than a grid has, or an option that does not exist.
     """
     from kernels_numba.gpu import mma
 
+    blocks = len(layout.block_tiles) - 1
+    if blocks > MOST_BLOCKS:
+        raise SfmpError(f"packed: expected at most {MOST_BLOCKS} row blocks for mode mma, found {blocks}; use mode lut "
+                        "or larger block_rows")
     most = min(tokens, mma.most_tokens(layout.widths, layout.segment))
     warps = min(warps or choose_warps(layout, most, kind),
                 mma.resident_warps(layout.widths, most, kind, layout.segment))
