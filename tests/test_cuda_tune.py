@@ -10,6 +10,7 @@ from kernels_numba.gpu import cubins, devices, launch
 
 pytest.importorskip("kernels_numba.gpu.weight", reason="needs numba-cuda")
 from kernels_numba.gpu import check, tune  # noqa: E402
+from sfmp.bench.random_model import random_packed  # noqa: E402
 from sfmp.checks import SfmpError  # noqa: E402
 
 
@@ -70,7 +71,7 @@ def test_copies_lie_in_different_places(monkeypatch):
     found = stand_in(Library())
     monkeypatch.setattr(devices, "get", lambda index: found)
     monkeypatch.setattr(tune, "COLD", 100_000)
-    packed = tune.random_matrix(64, 256, 3)
+    packed = random_packed(64, 256, 3.25)
     weights = tune.copies(packed, "lut", torch.device("cpu"), warps=4)
     assert len({weight.image.data_ptr() for weight in weights}) == len(weights) > 2
     assert all(torch.equal(weight.image, weights[0].image) for weight in weights)

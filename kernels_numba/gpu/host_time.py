@@ -14,15 +14,14 @@ import json
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 from kernels_numba.gpu import cubins, devices, launch
 from kernels_numba.gpu.driver import Driver
 from kernels_numba.gpu.prepared import Kernels
 from kernels_numba.gpu.weight import LAYOUTS, make_weight
+from sfmp.bench.random_model import random_packed
 from sfmp.linear import SFMPLinear
-from sfmp.pack import pack
 
 SHAPE, RUNS = (256, 1024), 100  # the least of many short runs: other work of the machine hits some of them
 
@@ -69,17 +68,9 @@ class _Host(devices.Device):
         return None
 
 
-def random_matrix():
-    """A small matrix of 2, 3 and 4 bits."""
-    rng, (rows, columns) = np.random.default_rng(0), SHAPE
-    scales = np.full((rows, columns // 128), 0.01)
-    bits = rng.choice((2, 3, 4), (1, columns // 128))
-    return pack(rng.integers(0, 4, SHAPE), scales, scales * 2, bits, group_size=128, block_rows=rows)
-
-
 def measure(calls: int, device: torch.device) -> list[dict]:
     """Return one row per mode: microseconds of a product of one token, least of several runs of `calls` calls."""
-    packed, found = random_matrix(), []
+    packed, found = random_packed(*SHAPE, 3.25), []  # 2, 3 and 4 bits
     x = torch.zeros(1, SHAPE[1], dtype=torch.float16, device=device)
     for mode in LAYOUTS:
         weight = make_weight(packed, mode, device)

@@ -17,26 +17,15 @@ import torch
 
 from kernels_numba.gpu import check, devices, launch, panels
 from kernels_numba.gpu.weight import make_weight
+from sfmp.bench.random_model import random_packed
 from sfmp.checks import SfmpError, write_atomically
 
 WARPS = {"mma": (4, 8, 16), "lut": (4, 8, 16)}
 WAVES = (1, 2, 4, 8)
 BATCHES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+GROUP = 128  # columns of a block, as `random_packed` has them
 COLD = 256 << 20  # bytes of weights that no cache holds
 REPLAYS, LOOPS = 20, 4
-
-
-def random_matrix(rows: int, columns: int, bits: int):
-    """A matrix of random codes, 512 × 128 blocks."""
-    import numpy as np
-
-    from sfmp.pack import pack
-
-    rng = np.random.default_rng(bits)
-    scales = np.full((rows, -(-columns // 128)), 0.01)
-    codes = rng.integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
-    widths = np.full((-(-rows // 512), scales.shape[1]), bits)
-    return pack(codes, scales, scales * (1 << bits - 1), widths, group_size=128, block_rows=512)
 
 
 def copies(packed, mode: str, device, **options) -> list:
@@ -101,10 +90,10 @@ def crossover(packed, device, warps) -> tuple[int | None, dict]:
     return next((tokens for tokens in faster if tokens > max(slower, default=0)), None), times
 
 
-def measure(rows: int, columns: int, bits: int, index: int) -> dict:
+def measure(rows: int, columns: int, bits: float, index: int) -> dict:
     """Return the entry of a device."""
     device, found = torch.device("cuda", index), devices.get(index)
-    packed, entry, times = random_matrix(rows, columns, bits), {"warps": {}}, {}
+    packed, entry, times = random_packed(rows, columns, bits + 32 / GROUP), {"warps": {}}, {}
     with found.guard():  # graphs and events are of torch's current device
         for mode, choices in WARPS.items():
             check.demand(index, mode)
@@ -122,7 +111,7 @@ def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels_numba.gpu.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=4096)
-    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--bits", type=float, default=3, help="mean bits of a code, 2 to 4")
     parser.add_argument("--device", type=int, default=0)
     parser.add_argument("--output", type=Path, default=launch.PATH)
     options = parser.parse_args(arguments)
