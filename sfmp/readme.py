@@ -63,6 +63,8 @@ def results_block(reference: Path) -> str:
             "",
             *_gpu_kernels(reference / "tables"),
             "",
+            _memory(reference / "tables"),
+            "",
             "Claims (" + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "); "
             "rules: [config/claims.tsv](config/claims.tsv), all verdicts: "
             "[claims.csv](results/reference/embedded/claims.csv). Below: every claim of the "
@@ -127,6 +129,21 @@ def _gpu_kernels(tables: Path) -> list[str]:
         *(f"| {row.target} | {row.of} | {row.required:g} | {row.measured:.3g} | {row.margin:.2f} |"
           for row in found.itertuples()),
     ]
+
+
+def _memory(tables: Path) -> str:
+    """Peak of quantizing by model, and the largest model step by step."""
+    sizes, steps = (pd.read_csv(tables / f"e5_memory_{name}.csv") for name in ("sizes", "steps"))
+    told = pd.read_csv(tables / "e5_memory_conditions.csv", index_col="what").value
+    exact, = pd.read_csv(tables / "e5_memory_bytes.csv").itertuples()
+    small = "; ".join(f"{row.model / 1e6:.0f} MB of weights, {row.above_imports / 1e6:.0f} MB above the libraries' "
+                      f"{row.imports / 1e6:.0f} MB" for row in sizes.itertuples())
+    large = ", ".join(f"{row.step} {row.peak / 1e9:.2f} GB" for row in steps.itertuples() if row.step != "create")
+    return (
+        f"Memory of `sfmp quantize` ({told['method']}, {told['calibration']}, {told['date']}; "
+        f"[e5_memory](notebooks/e5_memory.ipynb)): {small}. A random Llama of {steps.model.iloc[0] / 1e9:.2f} GB, by "
+        f"process: {large}. Its checkpoint has {exact.payload:,} bytes of tensors; expected were {exact.expected:,}."
+    )
 
 
 def _claim(row) -> str:

@@ -17,6 +17,7 @@ EMBEDDED = {
     "quantized": "results/embedded/quantized",
     "tables": ["results/embedded/tables", "results/embedded/timing"],
     "cpu_bench": "results/reference/cpu/bench.json",
+    "memory_bench": "results/reference/cpu/memory.json",
     "timing": [f"results/embedded/timing/{part}" for part in ("quantization", "rival", "salience")],
 }
 

@@ -1,4 +1,4 @@
-"""``python -m sfmp.bench cpu|kernels|decode --out FILE.json``."""
+"""``python -m sfmp.bench cpu|kernels|decode|memory --out FILE.json``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sfmp.bench import cpu, kernels
+from sfmp.bench import cpu, kernels, memory
 from sfmp.checks import SfmpError
 
 
@@ -27,6 +27,8 @@ def main(arguments=None) -> int:
                               description=kernels.__doc__)
     kernels.add_arguments(gpu, _shape)
     decode = commands.add_parser("decode", help="tokens per second under CUDA graphs")
+    memory.add_arguments(commands.add_parser("memory", help="peak memory of quantizing, and one large model, whole",
+                                             description=memory.__doc__))
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] == ["decode"]:  # the other commands need nothing of what it imports
         from sfmp.bench import gpu_decode
@@ -36,6 +38,8 @@ def main(arguments=None) -> int:
     options = parser.parse_args(given)
     if options.command == "kernels":
         return kernels.run(options)
+    if options.command == "memory":
+        return memory.run(options)
     chosen = [part for part in cpu.parts(options.shapes, options.batches, options.models)
               if part["part"] in options.parts]
     try:

@@ -1,22 +1,26 @@
-"""Peak memory of ``sfmp quantize`` on random Llamas: ``python -m sfmp.bench.memory [SIZE …]``.
+"""Peak memory of ``sfmp quantize`` on random Llamas: ``python -m sfmp.bench memory --out FILE.json``.
 
 Each size is written to disk by a process of its own and quantized by another, whose largest resident set the kernel
 knows. It counts pages of mapped files too, which the kernel can drop: while a file of the checkpoint is written, that
-file and what it is made from. Files are therefore kept small here.
+file and what it is made from. Files are therefore kept small here. One larger model goes the whole way
+(`sfmp.bench.whole_run`).
 
 Source: METHOD.md section 4, C2.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+from sfmp.checks import write_atomically
+
 SIZES = ("512x1376x4", "512x1376x16", "1024x2752x8")  # hidden x intermediate x layers: depth alone, then width
+WHOLE, VOCABULARY = "2048x5632x22", 32000  # 1.1 billion weights
 _MAKE = """
 import sys, torch
 from sfmp.bench.memory import make_model
@@ -35,8 +39,11 @@ sys.exit(status)
 """
 
 
-def make_model(folder, size) -> None:
-    """Write a random bfloat16 Llama of [hidden, intermediate, layers] with the embedded model's tokenizer."""
+def make_model(folder, size, vocabulary: int | None = None) -> None:
+    """Write a random bfloat16 Llama of [hidden, intermediate, layers] with the embedded model's tokenizer.
+
+    `vocabulary` is the number of rows of its embedding, that of the tokenizer if None.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,7 +53,7 @@ def make_model(folder, size) -> None:
     tokenizer = load_tokenizer("embedded")
     config = LlamaConfig(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
                          num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 256),
-                         vocab_size=len(tokenizer), max_position_embeddings=2048)
+                         vocab_size=vocabulary or len(tokenizer), max_position_embeddings=2048)
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -95,23 +102,40 @@ def _count(shape):
     return shape[0] * (shape[1] if len(shape) > 1 else 1)
 
 
-def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sfmp.bench.memory", description=__doc__.splitlines()[0])
-    parser.add_argument("sizes", nargs="*", default=list(SIZES), metavar="SIZE", help="hidden x intermediate x layers")
+def add_arguments(parser) -> None:
+    """Add the options of the command to an argparse parser."""
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--sizes", nargs="*", default=list(SIZES), metavar="SIZE",
+                        help="hidden x intermediate x layers: these are quantized")
+    parser.add_argument("--whole", default=WHOLE, metavar="SIZE",
+                        help="this one goes from disk to generated text, killed once and resumed; none for no such run")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of the latter")
+    parser.add_argument("--again", action="store_true", help="also quantize it without a break, and compare the bytes")
     parser.add_argument("--method", default="awq", choices=("awq", "gptq", "rtn"))
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--json", type=Path, help="also write the numbers there")
-    options = parser.parse_args(arguments)
-    rows = [measure(size, options.windows, options.seqlen, options.method) for size in options.sizes]
-    print(f"{'size':>18} {'model':>8} {'layer':>8} {'imports':>8} {'peak':>8} {'above imports':>14}   MB")
-    for row in rows:
-        cells = [f"{row[key] / 1e6:8.0f}" for key in ("model", "layer", "imports", "peak")]
-        print(f"{row['size']:>18} {' '.join(cells)} {(row['peak'] - row['imports']) / 1e6:14.0f}")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def run(options) -> int:
+    """Measure, and write one file; return 0."""
+    from sfmp import environment
+    from sfmp.bench import whole_run
+
+    found = {"kind": "memory", "date": time.strftime("%Y-%m-%d"), "machine": environment.hardware(),
+             "versions": environment.versions(), **environment.git_state(), "method": options.method,
+             "windows": options.windows, "seqlen": options.seqlen, "sizes": [], "whole": None}
+
+    def write():
+        write_atomically(options.out, lambda temporary: temporary.write_text(json.dumps(found, indent=1) + "\n"))
+
+    write()  # a file that cannot be written is said before anything is measured
+    for size in options.sizes:
+        found["sizes"].append(measure(size, options.windows, options.seqlen, options.method))
+        write()
+    if options.whole != "none":
+        with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=".whole-") as place:
+            found["whole"] = whole_run.measure(options.whole, options.vocabulary, place, method=options.method,
+                                               windows=options.windows, seqlen=options.seqlen, again=options.again)
+        write()
+    print(f"written: {options.out}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

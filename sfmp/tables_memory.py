@@ -1,0 +1,103 @@
+"""Tables of memory, from the one JSON file of ``python -m sfmp.bench memory``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from sfmp.checks import SfmpError
+
+ALLOWED = 4e9  # bytes above the size of the model that the design allows on a machine with 24 GB
+
+
+def read_memory(path: Path | str) -> dict:
+    """Read a result of the memory bench.
+
+    Raises
+    ------
+    SfmpError
+        The file is no such result, or no model went the whole way in it.
+    """
+    try:
+        bench = json.loads(Path(path).read_text())
+        kind, whole = bench["kind"], bench["whole"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SfmpError(f"{path}: expected a result of `python -m sfmp.bench memory`, found {error!r}; measure again"
+                        ) from error
+    if kind != "memory" or not bench["sizes"] or whole is None:
+        raise SfmpError(f"{path}: expected several sizes and one whole run of `python -m sfmp.bench memory`, found the "
+                        f"kind {kind!r}, {len(bench['sizes'])} sizes and "
+                        f"{'no' if whole is None else 'a'} whole run; measure again without --sizes and --whole")
+    return bench
+
+
+def conditions(bench: Mapping) -> pd.DataFrame:
+    """Where and how it was measured: columns `what`, `value`."""
+    machine, whole = bench["machine"], bench["whole"]
+    named = {
+        "processor": machine["cpu"], "memory": f"{machine['memory_bytes'] / 2**30:.0f} GB", "date": bench["date"],
+        "commit": bench["commit"],
+        **{name: bench["versions"].get(name) for name in ("python", "torch", "transformers")},
+        "method": bench["method"], "calibration": f"{bench['windows']} windows of {bench['seqlen']} tokens",
+        "whole run": f"{whole['size']}, vocabulary {whole['vocabulary']}, {whole['bpw']:g} bpw, {whole['method']}",
+    }
+    return pd.DataFrame({"what": list(named), "value": [str(value) for value in named.values()]})
+
+
+def sizes(bench: Mapping) -> pd.DataFrame:
+    """One row per model that was quantized: `size`, and in bytes `model`, `layer`, `imports`, `peak`, `above_imports`.
+
+    `imports` was resident before work began, so `above_imports` is what the work took.
+    """
+    table = pd.DataFrame(bench["sizes"])
+    return table.assign(above_imports=table.peak - table.imports)
+
+
+def depth(bench: Mapping) -> pd.DataFrame:
+    """One row: what more layers of one width added to the weights and to the peak, in bytes.
+
+    A peak of "one layer and activations" would not grow. `allowed` is one layer in float32, `within` whether that
+    holds.
+    """
+    by_width = {}
+    for row in bench["sizes"]:
+        width, layers = row["size"].rsplit("x", 1)
+        by_width.setdefault(width, []).append((int(layers), row))
+    found = next((rows for rows in by_width.values() if len(rows) > 1), None)
+    if found is None:
+        raise SfmpError(f"sizes: expected two depths of one width, found {[row['size'] for row in bench['sizes']]}; "
+                        "measure again without --sizes")
+    found.sort(key=lambda pair: pair[0])
+    (few, shallow), (many, deep) = found[0], found[-1]
+    added, allowed = deep["peak"] - shallow["peak"], 2 * shallow["layer"]
+    return pd.DataFrame([{"shallow": shallow["size"], "deep": deep["size"], "added_layers": many - few,
+                          "added_weights": deep["model"] - shallow["model"], "added_peak": added, "allowed": allowed,
+                          "within": added <= allowed}])
+
+
+def steps(bench: Mapping) -> pd.DataFrame:
+    """One row per process of the whole run: `step`, `peak` (bytes), `limit` (model + `ALLOWED`), `within`."""
+    whole = bench["whole"]
+    table = pd.DataFrame(whole["steps"])[["step", "seconds", "peak"]]
+    limit = int(whole["model"] + ALLOWED)
+    return table.assign(model=whole["model"], limit=limit, within=table.peak <= limit)
+
+
+def exact_bytes(bench: Mapping) -> pd.DataFrame:
+    """One row: what the files of the whole run's checkpoint should hold, and do, in bytes; what resuming kept.
+
+    `quantized_matrices` is `bpw_stored` × weights / 8; `expected` adds the tensors that were not quantized; `payload`
+    was counted in the safetensors files, headers left out. `same` compares an unbroken run's files (empty if there was
+    none).
+    """
+    whole = bench["whole"]
+    matrices = round(whole["bpw_stored"] * whole["weights"] / 8)
+    expected = matrices + whole["not_quantized"]
+    return pd.DataFrame([{
+        "weights": whole["weights"], "bpw_stored": whole["bpw_stored"], "quantized_matrices": matrices,
+        "not_quantized": whole["not_quantized"], "expected": expected, "payload": whole["quantized"],
+        "equal": expected == whole["quantized"], "layers_at_kill": whole["layers_at_kill"],
+        "layers_kept": whole["layers_kept"], "same": whole["same"]}])

@@ -1,0 +1,97 @@
+"""Tables and figure of the memory bench, from a file whose every number is known; the whole run on a small model."""
+
+import copy
+import json
+
+import pytest
+
+from sfmp import plots_memory
+from sfmp import tables_memory as tables
+from sfmp.checks import SfmpError
+
+BENCH = {
+    "kind": "memory", "date": "2026-01-01", "commit": "abc", "machine": {"cpu": "a processor", "memory_bytes": 8 << 30},
+    "versions": {"python": "3.11", "torch": "2", "transformers": "5"}, "method": "awq", "windows": 8, "seqlen": 256,
+    "sizes": [{"size": "512x1376x4", "model": 31_000_000, "layer": 6_000_000, "imports": 300_000_000,
+               "peak": 380_000_000},
+              {"size": "512x1376x16", "model": 97_000_000, "layer": 6_000_000, "imports": 300_000_000,
+               "peak": 390_000_000}],
+    "whole": {"size": "2048x5632x22", "vocabulary": 32000, "bpw": 3.0, "method": "awq", "windows": 8, "seqlen": 256,
+              "model": 2_000_000_000, "layers_at_kill": 11, "layers_kept": True, "quantized": 1_010, "weights": 1_000,
+              "bpw_stored": 3.2, "not_quantized": 610, "same": None,
+              "steps": [{"step": "create", "seconds": 9.5, "peak": 4_000_000_000},
+                        {"step": "quantize, killed", "seconds": 99.0, "peak": 1_000_000_000}]},
+}
+
+
+def changed(**whole):
+    bench = copy.deepcopy(BENCH)
+    bench["whole"].update(whole)
+    return bench
+
+
+def test_what_the_work_took_is_the_peak_without_the_libraries():
+    assert tables.sizes(BENCH).above_imports.tolist() == [80_000_000, 90_000_000]
+
+
+@pytest.mark.parametrize(("peak", "within"), [(390_000_000, True), (392_000_001, False)])
+def test_depth_may_take_one_layer_in_float32_more(peak, within):
+    bench = copy.deepcopy(BENCH)
+    bench["sizes"][1]["peak"] = peak
+    row, = tables.depth(bench).itertuples()
+    assert (row.added_layers, row.added_weights, row.allowed) == (12, 66_000_000, 12_000_000)
+    assert row.added_peak == peak - 380_000_000 and bool(row.within) is within
+
+
+def test_a_step_is_within_the_size_of_the_model_and_four_gigabytes():
+    assert tables.steps(BENCH).within.tolist() == [True, True]
+    high = [{"step": "quantize, killed", "seconds": 1.0, "peak": 6_000_000_001}]
+    found = tables.steps(changed(steps=high))
+    assert found.within.tolist() == [False] and found.limit.tolist() == [6_000_000_000]
+
+
+@pytest.mark.parametrize(("payload", "equal"), [(1010, True), (1011, False)])
+def test_the_files_hold_what_the_bits_say_to_the_byte(payload, equal):
+    row, = tables.exact_bytes(changed(quantized=payload)).itertuples()
+    assert row.quantized_matrices == 400 and row.expected == 1010 and bool(row.equal) is equal
+
+
+def test_conditions_name_machine_and_settings():
+    found = tables.conditions(BENCH).set_index("what").value
+    assert found["processor"] == "a processor" and found["calibration"] == "8 windows of 256 tokens"
+    assert "vocabulary 32000" in found["whole run"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"kind": "cpu"}', json.dumps({**BENCH, "kind": "cpu"}),
+                                  json.dumps({**BENCH, "sizes": []}), json.dumps({**BENCH, "whole": None})])
+def test_another_file_is_refused(tmp_path, text):
+    path = tmp_path / "memory.json"
+    path.write_text(text)
+    with pytest.raises(SfmpError, match=r"memory\.json: expected .* `python -m sfmp.bench memory`, found"):
+        tables.read_memory(path)
+
+
+def test_figure_has_every_size_and_step():
+    figure = plots_memory.memory(tables.sizes(BENCH), tables.steps(BENCH))
+    left, right = figure.axes
+    assert [text.get_text() for text in left.get_yticklabels()] == ["512×1376×4", "512×1376×16"]
+    assert [text.get_text() for text in right.get_yticklabels()] == ["create", "quantize, killed"]
+    assert [bar.get_width() for bar in right.patches] == [4.0, 1.0]
+
+
+@pytest.mark.slow
+def test_a_model_goes_the_whole_way(tmp_path):
+    from sfmp.bench.whole_run import measure
+
+    whole = measure("128x256x32", 4096, tmp_path, method="rtn", windows=2, seqlen=32, tokens=2)
+    assert [step["step"] for step in whole["steps"]] == ["create", "quantize, killed", "quantize, resumed", "generate"]
+    assert min(step["peak"] for step in whole["steps"]) > 50e6
+    assert 16 <= whole["layers_at_kill"] <= 32 and whole["layers_kept"] and whole["same"] is None
+    assert tables.exact_bytes({"whole": whole}).equal.all()
+
+
+def test_a_step_that_fails_is_an_error():
+    from sfmp.bench import whole_run
+
+    with pytest.raises(SfmpError, match="expected it to end with 0, found 3"):
+        whole_run._step("fails", ["python3", "-c", "raise SystemExit(3)"])
