@@ -252,9 +252,12 @@ def level_losses(name, matrix, rows, cols, grid, spec, model, sums=None) -> np.n
     import torch
 
     from sfmp.quantize import dequantize, quantize
+    from sfmp.salience import check_in_memory
 
     try:
-        weight = model.get_submodule(name).weight.detach().float().cpu()
+        layer = model.get_submodule(name)
+        check_in_memory({name: layer}, 'objective="measured"')
+        weight = layer.weight.detach().float().cpu()
     except AttributeError as error:
         raise SfmpError(f"model: expected the module {name!r} of the salience; {error}") from error
     if tuple(weight.shape) != matrix.shape:

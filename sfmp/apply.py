@@ -19,6 +19,7 @@ from sfmp.awq import SEARCH_TOKENS, search_layer
 from sfmp.linear import SFMPLinear
 from sfmp.pack import pack
 from sfmp.quantize import dequantize
+from sfmp.salience import check_in_memory
 from sfmp.solvers import SOLVERS, Stats, rtn
 from sfmp.spec import SfmpError
 from sfmp.trace import shared_inputs
@@ -260,6 +261,7 @@ def _check_modules(model, plan):
         if tuple(module.weight.shape) != matrix.shape:
             found = tuple(module.weight.shape)
             raise SfmpError(f"{name}: the plan expects shape {matrix.shape}, found {found}")
+    check_in_memory({name: modules[name] for name in plan}, "quantize_model")
 
 
 def _mounted(model):

@@ -31,6 +31,7 @@ from sfmp.checkpoint import (
     layout,
 )
 from sfmp.checks import SfmpError
+from sfmp.disk import writing_to
 from sfmp.hf_quantizer import StoredQuantizer, keep_names
 from sfmp.linear import SFMPLinear
 
@@ -165,15 +166,20 @@ def save_checkpoint(model: nn.Module, folder, tokenizer=None, **options) -> Path
     Raises
     ------
     SfmpError
-        `folder` exists and holds no checkpoint: it is left alone.
+        `folder` exists and holds no checkpoint, or nothing can be written there: it is left alone.
     """
-    from sfmp.card import save_model_card
-
     folder = Path(folder)
     foreign = folder.is_file() or folder.is_dir() and any(folder.iterdir())
     if foreign and not (folder / "config.json").exists():
         raise SfmpError(f"{folder}: expected a checkpoint or nothing, found something else; choose another "
                         "folder")
+    with writing_to(folder, "choose a place with room where you may write"):
+        return _saved(model, folder, tokenizer, options)
+
+
+def _saved(model, folder, tokenizer, options):
+    from sfmp.card import save_model_card
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
@@ -185,6 +191,8 @@ def save_checkpoint(model: nn.Module, folder, tokenizer=None, **options) -> Path
             os.replace(folder, old)
         os.replace(new, folder)
     finally:
+        if old.exists() and not folder.exists():  # interrupted between the two
+            os.replace(old, folder)
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
     return folder

@@ -21,11 +21,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sfmp.checks import SfmpError, write_atomically
+from sfmp.disk import writing_to
 from sfmp.model_source import check_new
 from sfmp.stages import located
 
 _SMALL_FILES, _WEIGHT_FILES = (".json", ".model", ".txt", ".jinja"), (".safetensors", ".bin")
 _IDENTITY, _LOCK, _MADE, _COMPLETE, _OLD = "identity.json", "lock", "made", "complete", "old"
+PLAN = "plan.safetensors"  # in the work folder; what a run that finds itself finished returns
 
 
 def fingerprint(source: str, config, spec, windows, **choices) -> dict[str, str]:
@@ -46,6 +48,10 @@ def fingerprint(source: str, config, spec, windows, **choices) -> dict[str, str]
     dict of str to str
         Model, specification, calibration, code (syntax trees of every module of the package it reaches), libraries,
         threads (sums of products depend on how many share them), and each of `choices`.
+
+    Notes
+    -----
+    Not in it is the kind of processor: on another one, or another GPU, sums may round in another way.
     """
     import numpy
     import safetensors
@@ -115,30 +121,34 @@ def workplace(out: Path, identity: Mapping[str, str], *, resume: bool,
     Raises
     ------
     SfmpError
-        Earlier work was made from something else (named), or is there and `resume` is false, or is in use.
+        Earlier work was made from something else (named), or is there and `resume` is false, or is in use; or nothing
+        can be written there: work is kept then.
     """
     folder = work_folder(out)
     if folder.exists() and not resume and not overwrite:
         raise SfmpError(f"{folder}: expected no unfinished work, found some of an earlier run; pass --resume to "
                         "continue it, or remove that folder to begin again")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as lock:
+    with contextlib.ExitStack() as held:
+        with writing_to(folder, "choose a place where you may write"):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((folder / _LOCK).open("w"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it whatever ends the process
         except OSError as error:
             raise SfmpError(f"{folder}: expected no other run that makes {out}, found one; wait for it or end it"
                             ) from error
-        begun = resume and (folder / _IDENTITY).exists()
-        finished = _prepare(folder, out, identity, resume)
-        try:
-            yield folder, finished
-        except SfmpError:
-            if not begun:  # nothing to continue: the same input ends here again
-                shutil.rmtree(folder)
-            raise
-        if not finished:
-            _move(folder, out, overwrite)
-        shutil.rmtree(folder)
+        with writing_to(folder, "make room and go on with --resume"):
+            begun = resume and (folder / _IDENTITY).exists()
+            finished = _prepare(folder, out, identity, resume)
+            try:
+                yield folder, finished
+            except SfmpError:
+                if not begun:  # nothing to continue: the same input ends here again
+                    _discard(folder)
+                raise
+            if not finished:
+                _move(folder, out, overwrite)
+            _discard(folder)
 
 
 def in_place(out) -> bool:
@@ -172,6 +182,17 @@ def _prepare(folder, out, identity, resume):
         return True
     (folder / _COMPLETE).unlink(missing_ok=True)
     return False
+
+
+def _discard(folder):
+    """Remove a work folder. Whatever ends that in between, what is left is known by `in_place`, or nothing needs it."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (_COMPLETE, _IDENTITY, _LOCK, PLAN):
+            path.unlink()
+    (folder / _COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def _clear(folder):

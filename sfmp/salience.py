@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from sfmp.salience_memory import accumulators, checkpointed
 from sfmp.unfuse import is_linear, on_linears
 from sfmp.windows import one_window
 
-__all__ = ["SALIENCE_SOURCES", "activation_salience", "backward_passes", "causal_lm_loss", "finished",
-           "fisher_salience", "gradients_only_for", "linear_modules", "load_salience", "magnitude_salience",
+__all__ = ["SALIENCE_SOURCES", "activation_salience", "backward_passes", "causal_lm_loss", "check_in_memory",
+           "finished", "fisher_salience", "gradients_only_for", "linear_modules", "load_salience", "magnitude_salience",
            "random_salience", "salience_meta", "save_salience"]
 LossFn = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
@@ -35,6 +35,15 @@ def linear_modules(model: nn.Module, skip: Iterable[str] = ("lm_head",)) -> dict
         raise SfmpError(f"model: expected at least one nn.Linear outside skip={tuple(skip)}, "
                         f"found none in {type(model).__name__}")
     return found
+
+
+def check_in_memory(layers: Mapping[str, nn.Linear], what: str) -> None:
+    """Raise SfmpError if weights are on the meta device, as those are that a device map left on the CPU or on disk."""
+    away = [name for name, layer in layers.items() if layer.weight.is_meta]
+    if away:
+        raise SfmpError(f"{what}: expected every weight in memory, found {len(away)} of {len(layers)} matrices "
+                        f"offloaded by the device map, first {away[0]}; use `sfmp quantize --device cuda` (or "
+                        "cpu), which holds one layer at a time, or GPUs that hold the whole model")
 
 
 def causal_lm_loss(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
@@ -71,7 +80,8 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
     checkpointing : bool
         Keep only what enters each layer and compute the rest again: less memory, a third more time, the same numbers.
     accumulate : None, "cpu" or path of a folder
-        Where the sums are: beside the weights, in the memory of the CPU, or in files there, which the result maps.
+        Where the sums are: beside the weights, in the memory of the CPU, or in files there, which the result maps: a
+        folder for each call.
 
     Returns
     -------
@@ -93,6 +103,7 @@ def fisher_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm_hea
     Source: METHOD.md 1.2; avoids 1.12 #1.
     """
     layers = linear_modules(model, skip)
+    check_in_memory(layers, "fisher_salience")
     weights = {name: layer.weight for name, layer in layers.items()}
     for name, weight in weights.items():
         if not weight.is_floating_point():
@@ -145,8 +156,9 @@ def backward_passes(model: nn.Module, windows, loss_fn: LossFn | None, title: st
 @on_linears
 def magnitude_salience(model: nn.Module, *, skip: Iterable[str] = ("lm_head",)) -> dict[str, torch.Tensor]:
     """Return |W| of every linear layer, float32 [N, K]; needs no data. Source: METHOD.md section 4, A1."""
-    return finished({name: layer.weight.detach().float().abs()
-                      for name, layer in linear_modules(model, skip).items()})
+    layers = linear_modules(model, skip)
+    check_in_memory(layers, "magnitude_salience")
+    return finished({name: layer.weight.detach().float().abs() for name, layer in layers.items()})
 
 
 @on_linears
@@ -158,6 +170,7 @@ def activation_salience(model: nn.Module, windows, *, skip: Iterable[str] = ("lm
     Source: METHOD.md section 4, A1.
     """
     layers = linear_modules(model, skip)
+    check_in_memory(layers, "activation_salience")
     forward = forward or (lambda model, window: model(input_ids=one_window(model, window, "forward(model, window)")))
     squares = {layer: torch.zeros(layer.in_features, dtype=torch.float64) for layer in layers.values()}
     tokens = dict.fromkeys(squares, 0)

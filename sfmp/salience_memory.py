@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sfmp.checks import SfmpError
 from sfmp.walk import find_layers
 
 
@@ -61,6 +62,11 @@ def accumulators(weights: Iterable[torch.Tensor], place=None) -> dict[torch.Tens
     weights : tensors
     place : None, "cpu" or path of a folder
         Beside the weight; in the memory of the CPU; or in files there, which are mapped, and stay.
+
+    Raises
+    ------
+    SfmpError
+        The folder holds the files of an earlier call, whose result may still be mapped.
     """
     made = {}
     for weight in weights:
@@ -72,6 +78,9 @@ def accumulators(weights: Iterable[torch.Tensor], place=None) -> dict[torch.Tens
         folder = Path(place)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{len(made):06d}.float32"
+        if file.exists():
+            raise SfmpError(f"{file}: expected no sums of an earlier call, found some, which this one would overwrite; "
+                            "remove them or name another folder")
         flat = torch.from_file(str(file), shared=True, size=weight.numel(), dtype=torch.float32)
         made[weight] = flat.zero_().view(weight.shape)
     return made

@@ -23,7 +23,7 @@ from sfmp.compact_salience import load_problem, merged, save_problem
 from sfmp.hf import attach, save_tokenizer
 from sfmp.linear import SFMPLinear
 from sfmp.progress import counter
-from sfmp.resume import made
+from sfmp.resume import PLAN, made
 from sfmp.salience import SALIENCE_SOURCES, linear_modules
 from sfmp.solvers import SOLVERS, Stats
 from sfmp.spec import Plan
@@ -51,7 +51,7 @@ def streamed_plan(stream: LayerStream, spec, windows, folder, kind: str = "fishe
         Show bars.
     """
     folder = Path(folder)
-    path = folder / "plan.safetensors"
+    path = folder / PLAN
     if path.exists():
         return Plan.load(path)
     files = [folder / f"salience-{index:05d}.safetensors" for index in range(len(stream))]

@@ -196,6 +196,18 @@ def test_save_checkpoint_is_whole_or_absent(tiny_llama, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="disk full"):
             hf.save_checkpoint(tiny_llama, folder)
     assert (folder / "model.safetensors").read_bytes() == before
+    rename = os.replace
+
+    def ended(source, target):
+        if str(target) == str(folder) and str(source).endswith("new"):
+            raise KeyboardInterrupt  # between the two renames
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", ended)
+        with pytest.raises(KeyboardInterrupt):
+            hf.save_checkpoint(tiny_llama, folder)
+    assert (folder / "model.safetensors").read_bytes() == before
     hf.save_checkpoint(tiny_llama, folder)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
     (tmp_path / "notes.txt").write_text("mine")

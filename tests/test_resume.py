@@ -1,5 +1,6 @@
 """Runs that are killed go on and end with the same bytes; runs that would make something else are refused."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -14,7 +15,7 @@ from command_line import ENVIRONMENT, ROOT
 from tiny_models import contents, text_file, write
 
 from sfmp import cli
-from sfmp.resume import work_folder, workplace
+from sfmp.resume import in_place, work_folder, workplace
 from sfmp.spec import SfmpError
 
 
@@ -239,3 +240,63 @@ def test_bad_input_leaves_no_work_but_what_was_there(tmp_path):
           workplace(tmp_path / "out", {}, resume=False, overwrite=False)):
         raise SfmpError("of the body")
     assert not list(tmp_path.iterdir())
+
+
+def test_whatever_ends_the_clearing_up_the_run_is_known_to_be_finished(tmp_path, monkeypatch):
+    """Killed at each removal of the last step: a later run finds itself finished, and can read the plan."""
+    from sfmp.resume import _move as move
+
+    for stop in range(1, 20):
+        out, removed = tmp_path / f"out{stop}", []
+
+        def ending(remove, stop=stop, removed=removed):
+            def counted(*arguments, **options):
+                removed.append(arguments)
+                if len(removed) == stop:
+                    raise KeyboardInterrupt  # as if killed here
+                return remove(*arguments, **options)
+
+            return counted
+
+        def moved(*arguments, ending=ending):
+            move(*arguments)
+            for kind in ("unlink", "rmdir"):
+                patch.setattr(os, kind, ending(getattr(os, kind)))
+
+        with contextlib.suppress(KeyboardInterrupt), monkeypatch.context() as patch:
+            patch.setattr("sfmp.resume._move", moved)
+            with workplace(out, {"a": "1"}, resume=False, overwrite=False) as (folder, _):
+                for name in ("plan.safetensors", "layer-00000.safetensors", "states-00000.safetensors"):
+                    (folder / name).write_text(name)
+                _checkpoint(folder / "made", "new")
+        if not folder.exists():
+            break
+        assert (out / "config.json").read_text() == "new"
+        if in_place(out):
+            with workplace(out, {"a": "1"}, resume=True, overwrite=False) as (folder, finished):
+                assert finished and (folder / "plan.safetensors").read_text() == "plan.safetensors"
+            assert not folder.exists()
+        else:  # only what no run reads any more is left
+            assert not {path.name for path in folder.iterdir()} & {"complete", "layer-00000.safetensors"}
+    assert stop > 5
+
+
+@pytest.mark.parametrize("bytes_allowed", [12_000, 300_000])
+def test_a_full_disk_is_one_error_and_the_work_is_kept(place, whole, tmp_path, bytes_allowed):
+    """No file may grow past a limit: the work, the layers, at last the checkpoint. Nothing is left half written."""
+    arguments = _arguments(place, tmp_path / "out", method="gptq")
+    limited = (f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_allowed},) * 2); "
+               "from sfmp.cli import main; sys.exit(main(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "expected room to write, found a file larger than allowed" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists() and not list(work_folder(tmp_path / "out").glob(".*.tmp"))
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert contents(tmp_path / "out") == whole["gptq"] and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_nothing_may_be_written_is_one_error(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert cli.main(_arguments(place, tmp_path / "file" / "out")) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and "expected room to write, found a file where a folder should be" in error

@@ -10,10 +10,11 @@ from tiny_models import contents, text_file, write
 
 import sfmp.pipeline as pipeline
 from sfmp.allocate import make_plan, solve
+from sfmp.apply import quantize_model
 from sfmp.compact_salience import load_problem, merged
-from sfmp.model_source import load, skeleton
+from sfmp.model_source import load, load_placed, skeleton
 from sfmp.pipeline import Calibration, quantize_to_folder
-from sfmp.salience import fisher_salience
+from sfmp.salience import SALIENCE_SOURCES, fisher_salience
 from sfmp.spec import QuantSpec, SfmpError
 from sfmp.stream import NotStreamable, open_stream
 from sfmp.stream_quantize import streamed_plan
@@ -300,3 +301,36 @@ def test_peak_memory_does_not_grow_with_depth():
     assert grown == 12 * few["layer"] > 60e6
     # The largest process has more modules to keep in mind, but neither the weights nor what is made of them.
     assert many["peak"] - few["peak"] < 0.5 * grown
+
+
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+def test_offloaded_weights_are_refused_with_what_to_do(models, tmp_path, place):
+    """What ``device_map="auto"`` does with what no GPU holds; the advice is to go layer by layer."""
+    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    layers = {f"model.layers.{index}": place if index == 1 else "cpu" for index in range(3)}
+    model, _ = load_placed(str(models("llama")), "float32", CPU, parts | layers, tmp_path)
+    windows, full = _windows(), load(str(models("llama")), "float32", "cpu")[0]
+    expected = fisher_salience(full, windows)
+    if place == "cpu":
+        assert all(torch.equal(value, expected[name]) for name, value in fisher_salience(model, windows).items())
+        return
+    error = "expected every weight in memory, found 7 of 21 matrices offloaded .* model.layers.1.*one layer at a time"
+    for source in ("fisher", "magnitude", "activation"):
+        with pytest.raises(SfmpError, match=f"{source}_salience: {error}"):
+            SALIENCE_SOURCES[source](model, windows)
+    spec = dataclasses.replace(SPEC, method="rtn")
+    with pytest.raises(SfmpError, match=f"quantize_model: {error}"):
+        quantize_model(model, make_plan(expected, spec), windows)
+    with pytest.raises(SfmpError, match="measured.*offloaded"):
+        make_plan(expected, dataclasses.replace(spec, objective="measured"), model)
+    with torch.no_grad():  # it is left as it was, and runs
+        assert torch.allclose(model(windows).logits, full(windows).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_in_files_are_not_those_of_an_earlier_call(models, tmp_path):
+    model, _ = load(str(models("llama")), "float32", "cpu")
+    first = fisher_salience(model, _windows(), accumulate=tmp_path)
+    kept = {name: value.clone() for name, value in first.items()}
+    with pytest.raises(SfmpError, match="000000.float32: expected no sums of an earlier call"):
+        fisher_salience(model, _windows(), accumulate=tmp_path)
+    assert all(torch.equal(value, kept[name]) for name, value in first.items())
