@@ -46,10 +46,11 @@ def load_text(source: str, blank: bool = False) -> list[str]:
     Raises
     ------
     SfmpError
-        If the source has an unknown form, is missing, or holds no text.
+        If the source has an unknown form, is missing, holds no text, or is a copy with rows missing or too many.
     """
+    row = None
     if source.startswith("dataset:"):
-        source = places.text_source(source.removeprefix("dataset:"))
+        row, source = places.text(source.removeprefix("dataset:"))
     if source.startswith("python:"):
         split = source.removeprefix("python:")
         if split not in corpus.SPLITS:
@@ -59,6 +60,7 @@ def load_text(source: str, blank: bool = False) -> list[str]:
         documents = _hub_documents(source)
     else:
         documents = _file_documents(Path(source))
+        documents = documents if row is None else places.whole(row, documents, source)
     if not blank or not any(text.strip() for text in documents):
         documents = [text for text in documents if text.strip()]
     if not documents:
@@ -74,17 +76,28 @@ def _file_documents(path: Path) -> list[str]:
             f"data source {str(path)!r}: expected python:SPLIT, dataset:NAME, hub:ID:SPLIT or an existing .txt or "
             ".jsonl file; check the path"
         )
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SfmpError(f"{path}: expected text in UTF-8, found {error}; unpack or convert it") from error
     if path.suffix == ".txt":
-        return [path.read_text("utf-8")]
+        return [text]
     documents = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    lines = text.removesuffix("\n").split("\n") if text else []  # not splitlines: JSON may hold U+2028 as it is
+    for number, line in enumerate(lines, 1):
         try:
-            documents.append(json.loads(line)["text"])
+            documents.append(_string(json.loads(line)["text"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise SfmpError(
                 f"{path}, line {number}: expected a JSON object with a field 'text', found {line[:60]!r}; mend it"
             ) from error
     return documents
+
+
+def _string(value):
+    if not isinstance(value, str):
+        raise TypeError
+    return value
 
 
 def _hub_documents(source: str) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from sfmp import places
 from sfmp.checks import SfmpError, write_atomically
 from sfmp.design import read_table
-from sfmp.standard_tasks import STOCK
+from sfmp.standard_tasks import STOCK, stock_parts
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -112,24 +112,25 @@ def fetch(names: Sequence[str], root) -> list[Path]:
         A name is unknown, has no revision or no local form, or the Hub does not give it.
     """
     rows = [places.dataset(name) for name in names]
-    written = []
     for row in rows:
         if row["revision"] == "-" or row["local"] == "-":
             what = "a revision" if row["revision"] == "-" else "a local form"
             raise SfmpError(f"data set {row['dataset']}: expected {what} in config/datasets.tsv, found none; run sfmp "
                             "pin first, or leave it out")
-        path = Path(root, row["local"])
-        if path.is_file():
-            continue
-        found = _rows(row)
-        text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
-        written.append(path)
+    written = []
+    for row in rows:
+        for split in places.splits(row):
+            path = places.copy_of(row, root, split)
+            if path.is_file():
+                continue
+            found = places.whole(row, _rows(row, split), row["source"], split)
+            text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
+            write_atomically(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+            written.append(path)
     return written
 
 
-def _rows(row):
+def _rows(row, split):
     """Rows of a data set of the Hub: of a text its field ``text``, of a task everything."""
     from sfmp import data
 
@@ -139,5 +140,10 @@ def _rows(row):
         raise SfmpError(f"data set {row['dataset']}: expected a task of lm-eval ({', '.join(STOCK)}); correct its name")
     from datasets import load_dataset
 
-    config = None if row["config"] == "-" else row["config"]
-    return [dict(one) for one in load_dataset(row["source"], config, split=row["split"], revision=row["revision"])]
+    def read(config):
+        return map(dict, load_dataset(row["source"], config, split=split, revision=row["revision"]))
+
+    parts = [subject for _, subject in stock_parts(row["dataset"]).values()]
+    if parts != [None]:  # read as lm-eval reads them, one after the other
+        return [{**one, "subject": subject} for subject in parts for one in read(subject)]
+    return list(read(None if row["config"] == "-" else row["config"]))

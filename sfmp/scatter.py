@@ -13,14 +13,17 @@ Source: METHOD.md sections 1.5 to 1.7; section 3, items 7 to 9.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from sfmp.checks import SfmpError, write_atomically
+from sfmp.checks import SfmpError
 from sfmp.code_hash import code_hash
 from sfmp.hf import SFMPQuantizer, attach
 from sfmp.resume import differences, fingerprint
@@ -76,6 +79,7 @@ def quantize_piece(stream: LayerStream, plan, layers: range, batches, folder, id
     batches : list of Batch
         As they enter the first of them (`sfmp.stream_inputs.read_inputs`); none for rtn.
     folder : path that does not exist
+        It appears when all is in it; what a killed process left beside it is removed.
     identity : mapping of str to str
         Of `identity_of` with the plan.
     progress : bool
@@ -84,18 +88,23 @@ def quantize_piece(stream: LayerStream, plan, layers: range, batches, folder, id
     Raises
     ------
     SfmpError
-        The method is none of `SCATTERED`, or a weight cannot be quantized.
+        The method is none of `SCATTERED`, a weight cannot be quantized, or the folder exists.
     """
     if plan.spec.method not in SCATTERED:
         raise SfmpError(f"method: expected one of {', '.join(SCATTERED)} for pieces, found {plan.spec.method!r}, whose "
                         "layers depend on quantized layers before them; quantize the model in one process")
     folder, wall, cpu = Path(folder), time.perf_counter(), time.process_time()
-    folder.mkdir(parents=True)
+    if folder.exists():
+        raise SfmpError(f"{folder}: expected no such folder, found one; remove it to make the piece again")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     stream.exposed = list(plan)
-    report = quantize_range(stream, plan, layers, batches, folder, progress)
+    report = quantize_range(stream, plan, layers, batches, unfinished, progress)
     record = {"layers": [layers.start, layers.stop], "made_from": dict(identity), "report": report,
               "wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-    write_atomically(folder / _RECORD, lambda temporary: temporary.write_text(json.dumps(record, indent=1)))
+    (unfinished / _RECORD).write_text(json.dumps(record, indent=1), "utf-8")
+    os.replace(unfinished, folder)
 
 
 def gather(model, plan, pieces: Iterable, identity: Mapping[str, str], source=None) -> list[dict]:
@@ -121,12 +130,18 @@ def gather(model, plan, pieces: Iterable, identity: Mapping[str, str], source=No
     SfmpError
         A piece is incomplete, damaged or made from something else, or planned matrices are in no piece.
     """
+    pieces = list(pieces)
     records = [_record(Path(folder), identity) for folder in pieces]
     files = [layer_file(Path(folder), index) for folder, record in zip(pieces, records, strict=True)
              for index in range(*record["layers"])]
     if lost := [file for file in files if not file.is_file()]:
         raise SfmpError(f"{lost[0]}: expected this layer in the piece, found no file; make the piece again")
-    entries = {name: entry for file in files for name, entry in layer_entries(file)[0].items()}
+    entries = {}
+    for file in files:
+        try:
+            entries |= layer_entries(file)[0]
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise SfmpError(f"{file}: expected a quantized layer, found {error}; make the piece again") from error
     if missing := sorted(set(plan) - set(entries)):
         raise SfmpError(f"{missing[0]}: expected this matrix in a piece, found it in none of {len(records)}; "
                         f"{len(missing)} are missing, make the pieces of all layers")
@@ -149,9 +164,11 @@ def _record(folder, identity):
     """What a piece says about itself, checked."""
     try:
         record = json.loads((folder / _RECORD).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise SfmpError(f"{folder}: expected a finished piece, found {error}; make it again") from error
-    if wrong := differences(record["made_from"], identity):
+        made_from = {**record["made_from"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SfmpError(f"{folder}: expected a finished piece, found {type(error).__name__}: {error}; make it again"
+                        ) from error
+    if wrong := differences(made_from, identity):
         raise SfmpError(f"{folder}: this piece was made from something else: {wrong}. Make it again")
     return record
 

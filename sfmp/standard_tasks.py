@@ -27,6 +27,17 @@ STOCK = {
     "gsm8k": "gsm8k/gsm8k.yaml",
 }
 LETTERS = "ABCDEFGH"
+EXPORTED = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa")  # with columns of their own where exported
+COLUMNS = {  # that lm-eval's definitions read
+    "arc_challenge": ("question", "choices", "answerKey"),
+    "arc_easy": ("question", "choices", "answerKey"),
+    "boolq": ("passage", "question", "label"),
+    "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    "piqa": ("goal", "sol1", "sol2", "label"),
+    "winogrande": ("sentence", "option1", "option2", "answer"),
+    "mmlu": ("subject", "question", "choices", "answer"),
+    "gsm8k": ("question", "answer"),
+}
 
 
 def stock_row(task: str, row: Mapping) -> dict:
@@ -35,19 +46,31 @@ def stock_row(task: str, row: Mapping) -> dict:
     Parameters
     ----------
     task : str
-        One of the six zero-shot tasks.
+        A key of `STOCK`.
     row : mapping
-        As the Hub has it (returned as it is), or in the layout of exported files: ``choices`` a list, ``gold`` the
-        index of the right one.
+        As the Hub has it (returned as it is), or, of the six zero-shot tasks, in the layout of exported files:
+        ``choices`` a list, ``gold`` the index of the right one.
+
+    Raises
+    ------
+    SfmpError
+        A column is missing, or ``gold`` is the index of no choice.
 
     Notes
     -----
     An exported HellaSwag row has its context in one piece, so the first letter of its last sentence stays as it is,
     where lm-eval makes it a capital. Names of choices (A, B or 1, 2) are in no prompt.
     """
-    if "gold" not in row or task == "winogrande":
-        return dict(row)
-    gold, choices = int(row["gold"]), row["choices"]
+    found = _in_hub_columns(task, row) if "gold" in row and task in EXPORTED else dict(row)
+    if missing := [name for name in COLUMNS[task] if name not in found]:
+        raise SfmpError(f"expected a column {missing[0]!r}, found {', '.join(map(repr, row))}")
+    return found
+
+
+def _in_hub_columns(task, row):
+    gold, choices = int(row["gold"]), row["choices"] if task != "boolq" else ["no", "yes"]
+    if not 0 <= gold < len(choices):
+        raise SfmpError(f"expected gold in 0..{len(choices) - 1}, found {gold}")
     if task in ("arc_easy", "arc_challenge"):
         names = list(LETTERS[: len(choices)])
         return {"question": row["question"], "choices": {"text": list(choices), "label": names},
@@ -78,9 +101,30 @@ def write_definitions(folder: Path, task: str) -> list[str]:
     Raises
     ------
     SfmpError
-        The task is unknown, has no local copy where there is a data root, or a row of the copy is not of this task.
+        The task is unknown, has no whole local copy where there is a data root, or a row of the copy is not of this
+        task.
+    """
+    row, parts = places.dataset(task) if task in STOCK else None, stock_parts(task)
+    copies = {} if places.local_data(row) is None else {split: _rows(task, row, split) for split in places.splits(row)}
+    if not copies:
+        places.warn_unpinned(row)
+    for name, (path, subject) in parts.items():
+        where = {} if row["revision"] == "-" else {"dataset_kwargs": {"revision": row["revision"]}}
+        if copies:
+            where = _local(folder, name, row, {split: _of_subject(task, subject, found, split)
+                                               for split, found in copies.items()})
+        # JSON is YAML; an included path must be absolute to be found.
+        (folder / f"{name}.yaml").write_text(json.dumps({"include": str(path), "task": name, **where}), "utf-8")
+    return list(parts)
+
+
+def stock_parts(task: str) -> dict[str, tuple[Path, str | None]]:
+    """Return the definitions of lm-eval that a task consists of: name → file, and the configuration of the data set.
+
+    Raises SfmpError if the task is unknown, or the installed lm-eval has it elsewhere.
     """
     import lm_eval
+    import yaml
 
     if task not in STOCK:
         raise SfmpError(f"task {task!r}: expected one of {', '.join(STOCK)}; choose one")
@@ -88,32 +132,41 @@ def write_definitions(folder: Path, task: str) -> list[str]:
     if not stock:
         raise SfmpError(f"task {task}: expected lm_eval/tasks/{STOCK[task]}, found none; install the version of "
                         "requirements.lock")
-    row = places.dataset(task)
-    where = _local(folder, task, row) or ({"dataset_kwargs": {"revision": row["revision"]}}
-                                          if row["revision"] != "-" else {})
-    names = [task] if len(stock) == 1 else [path.stem for path in stock]
-    for name, path in zip(names, stock, strict=True):
-        # JSON is YAML; an included path must be absolute to be found.
-        (folder / f"{name}.yaml").write_text(json.dumps({"include": str(path), "task": name, **where}), "utf-8")
-    return names
+    if len(stock) == 1:
+        return {task: (stock[0], None)}
+    return {path.stem: (path, yaml.safe_load(path.read_text("utf-8"))["dataset_name"]) for path in stock}
 
 
-def _local(folder, task, row):
-    """What a definition says of a local copy, rewritten in the columns of lm-eval; None where there is no data root."""
-    path = places.local_data(row)
-    if path is None:
-        return None
-    rows = folder / f"{task}.jsonl"
+def _rows(task, row, split):
+    """Rows of a local copy in the columns of lm-eval, checked."""
+    path = places.local_data(row, split=split)
     try:
         found = [stock_row(task, json.loads(line)) for line in path.read_text("utf-8").split("\n") if line]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # an SfmpError is a ValueError
         raise SfmpError(f"{path}: expected rows of {task} as JSON objects, found {type(error).__name__}: {error}; copy "
                         "it again") from error
-    rows.write_text("".join(json.dumps(one) + "\n" for one in found), "utf-8")
-    scored = row["split"]
-    return {"dataset_path": "json", "dataset_name": None,
-            **{f"{split}_split": scored if split == scored else None for split in ("training", "validation", "test")},
-            "dataset_kwargs": {"data_files": {scored: str(rows)}, "cache_dir": str(folder / "cache")}}
+    return places.whole(row, found, path, split)
+
+
+def _of_subject(task, subject, rows, split):
+    """Rows of one part of a task, in their order."""
+    chosen = rows if subject is None else [row for row in rows if row["subject"] == subject]
+    if not chosen:
+        raise SfmpError(f"task {task}: expected rows of subject {subject!r} in the local copy ({split}), found none; "
+                        "copy it again")
+    return chosen
+
+
+def _local(folder, name, row, copies):
+    """What a definition says of rows that are written to files in `folder`: split → rows."""
+    files = {split: folder / f"{name}.{split}.jsonl" for split in copies}
+    for split, path in files.items():
+        path.write_text("".join(json.dumps(one) + "\n" for one in copies[split]), "utf-8")
+    shots = {"fewshot_split": row["shot_split"]} if row["shot_split"] != "-" else {}
+    return {"dataset_path": "json", "dataset_name": None, **shots,
+            **{f"{split}_split": split if split in copies else None for split in ("training", "validation", "test")},
+            "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()},
+                               "cache_dir": str(folder / "cache")}}
 
 
 def accuracy(model, tokenizer, tasks: Sequence[str], batch_size: int = 16, limit: int | None = None) -> dict[str, dict]:

@@ -55,7 +55,8 @@ def local_files(design: Design, names: Iterable[str]) -> list[str]:
     root = roots(design)["data"]
     if design.tier == "embedded" or not root:
         return []
-    return [str(places.local_data(design.datasets[name], _absolute(root))) for name in names]
+    rows = [design.datasets[name] for name in names]
+    return [str(places.local_data(row, _absolute(root), split)) for row in rows for split in places.splits(row)]
 
 
 def unpinned(design: Design) -> list[str]:
@@ -73,6 +74,19 @@ def unpinned(design: Design) -> list[str]:
     return missing + [name for name in used if design.datasets[name]["revision"] == "-"]
 
 
+def short(design: Design) -> list[str]:
+    """Return the copies that have fewer rows than the tier paper reads from the Hub, and in which it would cut other
+    windows. Copies that are not there yet are not short; other tiers may use what there is.
+    """
+    root = roots(design)["data"]
+    if design.tier != "paper" or not root:
+        return []
+    copies = {name: places.copy_of(design.datasets[name], _absolute(root)) for name in TEXTS}
+    return [f"{design.datasets[name]['rows']} rows in {path}, found {found}" for name, path in copies.items()
+            if path.is_file() and design.datasets[name]["rows"] != "-"
+            and (found := path.read_bytes().count(b"\n")) < int(design.datasets[name]["rows"])]
+
+
 def begin(design: Design, dryrun: bool) -> None:
     """Say what a dry run's jobs would cost, and whether they would be refused; release the lock of a killed run."""
     if dryrun:
@@ -83,12 +97,14 @@ def begin(design: Design, dryrun: bool) -> None:
 
 
 def check_ready(design: Design) -> None:
-    """Refuse to run a tier that no one could run again: raises SfmpError naming what has no revision."""
+    """Refuse to run a tier that no one could run again: raises SfmpError naming what has no revision, or is short."""
     if missing := unpinned(design):
         raise SfmpError(
             f"tier {design.tier}: expected a revision of {', '.join(dict.fromkeys(missing))}, found none in "
             f"config/models.tsv and config/datasets.tsv; where there is a network run: sfmp pin --tier {design.tier}"
         )
+    if fewer := short(design):
+        raise SfmpError(f"tier {design.tier}: expected {fewer[0]}; remove it and copy it again: sfmp fetch")
 
 
 def closing_words(design: Design, seconds: float | None = None, failed: bool = False) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from sfmp import places
 from sfmp.design import Design
 from sfmp.tiers import TEXTS, roots
 
@@ -12,12 +13,8 @@ from sfmp.tiers import TEXTS, roots
 def model_command(design: Design, model: str) -> str:
     """Return the command that copies one model at its revision to the models root, or to the cache of the Hub."""
     row, root = design.models[model], roots(design)["models"]
-    words = ["hf", "download", row["repository"]]
-    if row["revision"] != "-":
-        words += ["--revision", row["revision"]]
-    if root:
-        words += ["--local-dir", str(Path(root).expanduser() / row["repository"])]
-    return shlex.join(words)
+    folder = Path(root).expanduser() / row["repository"] if root else None
+    return places.download(row["repository"], None if row["revision"] == "-" else row["revision"], folder)
 
 
 def data_command(design: Design) -> str:

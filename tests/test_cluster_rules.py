@@ -73,7 +73,7 @@ def test_a_dry_run_plans_every_piece_once(checkout):
 def test_downloads_are_commands_with_revisions_and_roots():
     design = load_design({**CONFIG, "tier": "small"}, ROOT / "config")
     design.models["qwen3-1.7b"]["revision"] = "abc"
-    assert model_command(design, "qwen3-1.7b") == "hf download Qwen/Qwen3-1.7B --revision abc"
+    assert model_command(design, "qwen3-1.7b") == "hf download Qwen/Qwen3-1.7B --revision abc --exclude 'original/*'"
     assert data_command(design).startswith("echo no data.root")
     design.config |= {"models": {"root": "/a b"}, "data": {"root": "/d"}}
     assert model_command(design, "qwen3-1.7b").endswith("--local-dir '/a b/Qwen/Qwen3-1.7B'")

@@ -45,6 +45,23 @@ def test_a_bad_source_is_one_clear_error(tmp_path, monkeypatch, source, content,
         data.load_text(source)
 
 
+def test_rows_end_where_json_says(tmp_path):
+    """C4 has documents with characters at which Python, and not JSON, ends a line."""
+    rows = ["one\u2028two", "\x85", "three\u2029four\n"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in rows]
+    (tmp_path / "a.jsonl").write_text("".join(lines), "utf-8")
+    assert data.load_text(str(tmp_path / "a.jsonl"), blank=True) == rows
+
+
+def test_what_is_no_text_is_one_clear_error(tmp_path):
+    (tmp_path / "packed.jsonl").write_bytes(b"\x1f\x8b\x08")
+    with pytest.raises(SfmpError, match="packed.jsonl: expected text in UTF-8"):
+        data.load_text(str(tmp_path / "packed.jsonl"))
+    (tmp_path / "numbers.jsonl").write_text('{"text": 5}\n', "utf-8")
+    with pytest.raises(SfmpError, match="line 1: expected a JSON object with a field 'text'"):
+        data.load_text(str(tmp_path / "numbers.jsonl"))
+
+
 def test_hub_source_passes_id_config_split_and_revision(monkeypatch):
     import datasets
 

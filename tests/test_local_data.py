@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from sfmp import data, places, stage_evaluation, stages, standard_tasks, workflow
 from sfmp.checks import SfmpError
@@ -51,7 +54,7 @@ def test_a_missing_copy_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv(places.DATA_ROOT, str(tmp_path))
     with pytest.raises(SfmpError, match=f"expected c4 as {tmp_path}/c4_sample/docs.jsonl.*sfmp fetch c4"):
         data.load_text("dataset:c4")
-    with pytest.raises(SfmpError, match="mmlu: local copies of it are not read"):
+    with pytest.raises(SfmpError, match=f"expected mmlu as {tmp_path}/tasks/mmlu.jsonl.*sfmp fetch mmlu"):
         standard_tasks.write_definitions(tmp_path, "mmlu")
     with pytest.raises(SfmpError, match="data set 'c5': expected one of c4,"):
         data.load_text("dataset:c5")
@@ -70,7 +73,9 @@ def test_without_roots_everything_is_the_hubs_at_its_revision(monkeypatch):
     calls, rows = [], places.dataset
     monkeypatch.setattr(places, "dataset", lambda name: {**rows(name), "revision": COMMIT})
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or {"text": ["some", ""]})
-    assert stages.documents("owner/name", "evaluation") == ["some", ""]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stages.documents("owner/name", "evaluation") == ["some", ""]
     assert stages.documents("owner/name", "calibration") == ["some"]
     assert calls == [
         (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test", "revision": COMMIT}),
@@ -78,6 +83,87 @@ def test_without_roots_everything_is_the_hubs_at_its_revision(monkeypatch):
                                 "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}}),
     ]
     assert stages.located(f"owner/name@{COMMIT}") == ("owner/name", {"revision": COMMIT})
+
+
+def counted(monkeypatch, **counts):
+    """Let copies of these data sets be whole with so many rows."""
+    rows = places.dataset
+    monkeypatch.setattr(places, "dataset", lambda name: {**rows(name), "count": str(counts.get(name, "-"))})
+
+
+def test_a_copy_that_is_not_whole_is_refused(shared_data, tmp_path, monkeypatch):
+    """Half a text has a perplexity too, and half a task an accuracy."""
+    monkeypatch.setenv(places.DATA_ROOT, str(tmp_path))
+    for name, file in (("wikitext2", "wikitext2_raw/test.jsonl"), ("piqa", "tasks/piqa.jsonl")):
+        lines = (shared_data / file).read_text("utf-8").split("\n")[:-1]
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        for content, found in ((lines[:-1], len(lines) - 1), (lines + lines[:1], len(lines) + 1)):
+            (tmp_path / file).write_text("\n".join(content) + "\n", "utf-8")
+            with pytest.raises(SfmpError, match=f"{file}: expected the {len(lines)} rows of {name} .*, found {found};"):
+                data.load_text(f"dataset:{name}") if name == "wikitext2" else (
+                    standard_tasks.write_definitions(tmp_path, name))
+        (tmp_path / file).write_text("\n".join(lines)[:-9], "utf-8")  # a copy that was cut off
+        with pytest.raises(SfmpError, match=f"{file}[:,] .*expected"):
+            data.load_text(f"dataset:{name}") if name == "wikitext2" else (
+                standard_tasks.write_definitions(tmp_path, name))
+
+
+def test_only_the_first_documents_are_read_as_from_the_hub(tmp_path, monkeypatch):
+    rows = places.dataset
+    monkeypatch.setattr(places, "dataset", lambda name: {**rows(name), "rows": "3"})
+    monkeypatch.setenv(places.DATA_ROOT, str(tmp_path))
+    path = tmp_path / "c4_sample/docs.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(f'{{"text": "{n}"}}\n' for n in range(5)), "utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data.load_text("dataset:c4") == ["0", "1", "2"]
+    path.write_text('{"text": "0"}\n', "utf-8")
+    with pytest.warns(UserWarning, match="1 rows, where 3 of c4 are read from the Hub"):
+        data.load_text("dataset:c4")
+
+
+def test_what_has_no_revision_is_warned_of(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.delenv(places.DATA_ROOT, raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: {"text": ["some"]})
+    rows = places.dataset
+    monkeypatch.setattr(places, "dataset", lambda name: {**rows(name), "revision": "-"})
+    with pytest.warns(UserWarning, match="data set wikitext2: no revision in config/datasets.tsv"):
+        data.load_text("dataset:wikitext2")
+    with pytest.warns(UserWarning, match="data set piqa: no revision"):
+        standard_tasks.write_definitions(tmp_path, "piqa")
+
+
+def test_a_table_of_another_project_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "datasets.tsv").write_text("name\turl\nc4\thttps\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert places.dataset("c4")["source"] == "allenai/c4"
+
+
+@pytest.mark.parametrize("damage, says", [
+    ("model.safetensors", "no weights"), ("tokenizer.json", "no tokenizer"), ("cut", "model.safetensors cut off"),
+    ("garbage", "model.safetensors cut off"), ("shard", "no model-00002-of-00002.safetensors"),
+    ("index", "no list of weights in model.safetensors.index.json")])
+def test_a_copy_of_a_model_that_is_not_whole_is_refused(shared_data, tmp_path, monkeypatch, damage, says):
+    folder = Path(shutil.copytree(shared_data / "models" / "stories260K", tmp_path / "owner" / "name",
+                                  copy_function=shutil.copy))
+    monkeypatch.setenv(places.MODELS_ROOT, str(tmp_path))
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    assert stages.located("owner/name") == (str(folder), {})
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o755)
+    if damage in ("cut", "garbage"):
+        weights.write_bytes(weights.read_bytes()[:-1] if damage == "cut" else b"version https://git-lfs.github.com")
+    elif damage in ("shard", "index"):
+        index.write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}) if damage == "shard"
+                         else "[]")
+    else:
+        (folder / damage).unlink()
+    with pytest.raises(SfmpError, match=f"expected a whole copy of owner/name, found {says}.*hf download owner/name"):
+        stages.located("owner/name")
 
 
 def hub_rows(task, rows):
@@ -128,6 +214,7 @@ def test_rendered_requests_are_those_of_the_stock_task(name, shared_data, tmp_pa
                                           "dataset_kwargs": {"data_files": where, "cache_dir": str(tmp_path / "c")}}]}
     stock = requests_of(single(manager.load_task_or_group([inline])))
     assert len(stock["targets"]) == len(rows) and len(stock["requests"]) >= 2 * len(rows)
+    counted(monkeypatch, **{name: len(rows)})
     for folder in ("exported", "hub"):  # the two layouts of a copy
         monkeypatch.setenv(places.DATA_ROOT, str(tmp_path / folder))
         written = tmp_path / f"{folder} definitions"
@@ -135,6 +222,74 @@ def test_rendered_requests_are_those_of_the_stock_task(name, shared_data, tmp_pa
         assert standard_tasks.write_definitions(written, name) == [name]
         ours = TaskManager(include_path=str(written), include_defaults=False).load_task_or_group([name])
         assert requests_of(single(ours)) == stock
+
+
+SUBJECTS = ("abstract_algebra", "anatomy", "world_religions")
+
+
+def worked_rows(name):
+    """Split → rows in the Hub's columns, of which each says who it is."""
+    if name == "gsm8k":
+        return {split: [{"question": f" {split} {n}? ", "answer": f"So {n} + {n} = {n + n}.\n#### {n + n:,}"}
+                        for n in range(count)] for split, count in (("test", 6), ("train", 40))}
+    every = [path.stem.removeprefix("mmlu_") for path, _ in standard_tasks.stock_parts(name).values()]
+    return {split: [{"question": f" {subject} {split} {n} ", "subject": subject, "choices": [f"{n}{c}" for c in "wxyz"],
+                     "answer": n % 4} for subject in every for n in range(count)]
+            for split, count in (("test", 6), ("dev", 7))}
+
+
+@pytest.mark.parametrize("name", ["mmlu", "gsm8k"])
+def test_rendered_requests_with_worked_examples_are_those_of_the_stock_task(name, tmp_path, monkeypatch):
+    """MMLU and GSM8K are not among the offline data: rows that are made up, of which each says who it is."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = worked_rows(name)
+    shots = next(split for split in rows if split != "test")
+    for split, found in rows.items():
+        path = tmp_path / "tasks" / (f"{name}.jsonl" if split == "test" else f"{name}.{split}.jsonl")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in found), "utf-8")
+    row = {**places.dataset(name), "count": str(len(rows["test"])), "shot_count": str(len(rows[shots]))}
+    monkeypatch.setattr(places, "dataset", lambda _: row)
+    monkeypatch.setenv(places.DATA_ROOT, str(tmp_path))
+    written = tmp_path / "definitions"
+    written.mkdir()
+    parts = standard_tasks.write_definitions(written, name)
+    assert len(parts) == (57 if name == "mmlu" else 1)
+    stock_folder = Path(lm_eval.__file__).parent / "tasks" / standard_tasks.STOCK[name]
+    stock_manager = TaskManager(include_path=str(stock_folder.parent), include_defaults=False)
+    our_manager = TaskManager(include_path=str(written), include_defaults=False)
+    for part in [f"mmlu_{subject}" for subject in SUBJECTS] if name == "mmlu" else parts:
+        files = {}
+        for split, found in rows.items():  # the rows of this subject, as its configuration of the Hub has them
+            files[split] = str(tmp_path / f"{part}-{split}.jsonl")
+            kept = [one for one in found if f"mmlu_{one.get('subject')}" in (part, "mmlu_None")]
+            Path(files[split]).write_text("".join(json.dumps(one) + "\n" for one in kept), "utf-8")
+        where = {"data_files": files, "cache_dir": str(tmp_path / "c")}
+        inline = {"group": "stock", "task": [{"task": part, "dataset_path": "json", "dataset_name": None,
+                                              "dataset_kwargs": where}]}
+        found = [single(stock_manager.load_task_or_group([inline])), single(our_manager.load_task_or_group([part]))]
+        for task in found:  # as lm_eval.simple_evaluate does
+            task.set_config("num_fewshot", int(row["shots"]))
+            task.set_fewshot_seed(1234)
+        stock, ours = map(requests_of, found)
+        assert ours == stock and len(stock["targets"]) == 6
+        assert stock["requests"][0][2].count(f" {shots} " if name == "mmlu" else shots) == 5
+
+
+def test_a_subject_without_rows_is_told(tmp_path, monkeypatch):
+    for split, count in (("", 2), (".dev", 1)):
+        path = tmp_path / "tasks" / f"mmlu{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        one = {"question": "q", "subject": "anatomy", "choices": list("wxyz"), "answer": 0}
+        path.write_text((json.dumps(one) + "\n") * count, "utf-8")
+    monkeypatch.setenv(places.DATA_ROOT, str(tmp_path))
+    row = {**places.dataset("mmlu"), "count": "2", "shot_count": "1"}
+    monkeypatch.setattr(places, "dataset", lambda _: row)
+    with pytest.raises(SfmpError, match="task mmlu: expected rows of subject 'abstract_algebra' in the local copy"):
+        standard_tasks.write_definitions(tmp_path, "mmlu")
 
 
 def single(found):
@@ -147,10 +302,15 @@ def single(found):
 def test_a_damaged_copy_names_its_file(tmp_path, monkeypatch):
     path = tmp_path / "tasks" / "piqa.jsonl"
     path.parent.mkdir()
-    path.write_text('{"goal": "g", "gold": 0, "choices": ["one"]}\n', "utf-8")
     monkeypatch.setenv(places.DATA_ROOT, str(tmp_path))
-    with pytest.raises(SfmpError, match=f"{path}: expected rows of piqa"):
-        standard_tasks.write_definitions(tmp_path, "piqa")
+    counted(monkeypatch)
+    for row, says in (('{"goal": "g", "gold": 0, "choices": ["one"]}', "IndexError"),
+                      ('{"goal": "g", "gold": -1, "choices": ["one", "two"]}', r"expected gold in 0\.\.1, found -1"),
+                      ('{"question": "of another task", "answer": "a"}', "expected a column 'goal', found 'question'"),
+                      ('{"goal": "g", "sol1": "a", "sol2": "b"}', "expected a column 'label'"), ("[1]", "found")):
+        path.write_text(f"{row}\n", "utf-8")
+        with pytest.raises(SfmpError, match=f"{path}: expected rows of piqa as JSON objects, .*{says}"):
+            standard_tasks.write_definitions(tmp_path, "piqa")
 
 
 def test_definitions_of_the_hub_pin_its_revision(tmp_path, monkeypatch):
@@ -201,7 +361,9 @@ def by_hand(model, tokenizer, row):
 def test_a_copy_of_another_revision_is_refused(tmp_path, monkeypatch):
     note = tmp_path / "name" / ".cache/huggingface/download/config.json.metadata"
     note.parent.mkdir(parents=True)
-    (tmp_path / "name" / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "name" / name).write_text("{}")
+    save_file({"a": torch.zeros(1)}, tmp_path / "name" / "model.safetensors")
     note.write_text(f"{COMMIT}\netag\n0.0\n")
     monkeypatch.setenv(places.MODELS_ROOT, str(tmp_path))
     assert stages.located(f"owner/name@{COMMIT}") == (str(tmp_path / "name"), {})

@@ -165,9 +165,44 @@ def test_what_was_made_from_something_else_is_refused(models, windows, tmp_path)
     record.write_text(json.dumps(json.loads(text) | {"layers": [1, 3]}))
     with pytest.raises(SfmpError, match="layer-00001"):
         gather(model, plan, pieces[1:], identity)
+    for damaged in ("[]", "{", '{"layers": [0, 1]}'):
+        record.write_text(damaged)
+        with pytest.raises(SfmpError, match="expected a finished piece, found"):
+            gather(model, plan, pieces, identity)
     record.unlink()
     with pytest.raises(SfmpError, match="expected a finished piece, found"):
-        gather(model, plan, pieces, identity)
+        gather(model, plan, iter(pieces), identity)
+    layer = pieces[0] / "layer-00000.safetensors"
+    layer.write_bytes(layer.read_bytes()[:-8])
+    with pytest.raises(SfmpError, match="layer-00000.safetensors: expected a quantized layer, found"):
+        gather(model, plan, pieces[:1], identity)
+
+
+def test_a_piece_that_was_killed_is_made_again_and_a_finished_one_is_kept(models, windows, tmp_path, monkeypatch):
+    """A killed job leaves nothing under the name of its piece: what is there is whole."""
+    from sfmp import scatter
+
+    folder, steps = models("llama"), scatter.quantize_range
+    plan, _, _ = _plan(folder, SPEC)
+
+    def killed(stream, plan, layers, batches, place, *rest):
+        steps(stream, plan, range(layers.start, layers.start + 1), batches, place, *rest)
+        raise KeyboardInterrupt  # as abrupt as a test can be: nothing below cleans up
+
+    monkeypatch.setattr(scatter, "quantize_range", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _pieces(folder, plan, windows, tmp_path, 1)
+    assert not (tmp_path / "piece-0").exists() and list(tmp_path.glob(".piece-0*/layer-00000.safetensors"))
+    monkeypatch.setattr(scatter, "quantize_range", steps)
+    (piece,), identity = _pieces(folder, plan, windows, tmp_path, 1)
+    assert not list(tmp_path.glob(".piece-0*"))
+    once = contents(piece)
+    (whole,), _ = _pieces(folder, plan, windows, tmp_path / "undisturbed", 1)
+    assert {name: data for name, data in contents(whole).items() if name != "piece.json"} == {
+        name: data for name, data in once.items() if name != "piece.json"}  # that holds seconds
+    with pytest.raises(SfmpError, match="piece-0: expected no such folder"):
+        _pieces(folder, plan, windows, tmp_path, 1)
+    assert contents(piece) == once
 
 
 def test_damaged_layers_are_refused(models, windows, tmp_path):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from sfmp import pin, places, tier_cost, tiers, workflow
+from sfmp import data, pin, places, tier_cost, tiers, workflow
 from sfmp.checks import SfmpError
 from sfmp.design import load_design, read_table
 
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = yaml.safe_load((ROOT / "config" / "config.yaml").read_text("utf-8"))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HUB = ("small", "paper")
+LINES = "two\u2028of\x85them"  # line ends to Python, and no line ends in JSON
 
 
 def design_of(tier, folder=ROOT / "config", **config):
@@ -118,6 +119,21 @@ def test_local_copies_replace_revisions_in_the_tier_small_only():
     assert "wikitext2" in tiers.unpinned(design_of("small", models={"root": "/m"}))
 
 
+def test_the_tier_paper_refuses_a_sample_of_its_calibration_text(pinned, tmp_path):
+    """From fewer documents it would cut other windows than the Hub's; the tier small is given what there is."""
+    root = tmp_path / "data"
+    of = {tier: design_of(tier, pinned, data={"root": str(root)}) for tier in HUB}
+    tiers.check_ready(of["paper"])  # nothing was copied yet: `downloads` may run
+    copy = places.copy_of(of["paper"].datasets["c4"], root)
+    copy.parent.mkdir(parents=True)
+    copy.write_text('{"text": "one"}\n' * 118, "utf-8")
+    with pytest.raises(SfmpError, match=f"tier paper: expected 20000 rows in {copy}, found 118"):
+        tiers.check_ready(of["paper"])
+    tiers.check_ready(of["small"])
+    copy.write_text('{"text": "one"}\n' * 20000, "utf-8")
+    tiers.check_ready(of["paper"])
+
+
 def test_cost_is_the_sum_of_jobs_and_grows_as_it_must():
     design = design_of("paper")
     every = tier_cost.jobs(design)
@@ -129,6 +145,11 @@ def test_cost_is_the_sum_of_jobs_and_grows_as_it_must():
     words = tier_cost.cost_words(design)
     total = sum(job.seconds * job.gpus for job in every) / 3600
     assert f"{total:.1f}" in words.splitlines()[-1] and "ESTIMATES, nothing of this was measured" in words
+    targets = words[words.index("  target"):]
+    assert set(re.findall(r"^    ([a-z]+) ", targets, re.M)) == {
+        "all", "tables", "figures", "claims", "costs", "html", "report", "summary", "publish", "downloads"}
+    downloads = re.search(r"^    downloads +0.0 +0.0 +(\d+)$", targets, re.M)
+    assert int(downloads[1]) == round(sum(job.bytes for job in every if job.rule == "calibration") / 1e9)
     assert sum(int(n) for n in re.findall(r"^    [a-z]+ +(\d+) ", words, re.M)) == len(every)
     reduced = tier_cost.jobs(design_of("paper", n_windows=64))
     assert sum(job.seconds for job in reduced) < sum(job.seconds for job in every)
@@ -197,16 +218,44 @@ def test_fetch_writes_what_a_data_root_holds(tmp_path, monkeypatch):
         asked.append((names, options))
         if names[0] == "baber/piqa":
             return [{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}]
-        return {"text": ["one", "", "two"]}
+        return {"text": ["one", "", LINES]}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(places, "dataset", lambda name: {**design_of("paper").datasets[name], "revision": COMMIT})
-    written = pin.fetch(["wikitext2", "c4", "piqa"], tmp_path)
+    rows = {name: {**row, "revision": COMMIT} for name, row in design_of("paper").datasets.items()}
+    monkeypatch.setattr(places, "dataset", rows.__getitem__)
+    with pytest.raises(SfmpError, match="Salesforce/wikitext: expected the 4358 rows of wikitext2 .test., found 3"):
+        pin.fetch(["wikitext2"], tmp_path)
+    asked.clear()
+    rows["wikitext2"]["count"], rows["piqa"]["count"] = "3", "1"
+    with pytest.warns(UserWarning, match="3 rows, where 20000 of c4 are read"):
+        written = pin.fetch(["wikitext2", "c4", "piqa"], tmp_path)
     assert asked[1] == (("allenai/c4", None), {
         "split": "train[:20000]", "revision": COMMIT, "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}})
-    assert [json.loads(line)["text"] for line in written[0].read_text().splitlines()] == ["one", "", "two"]
+    assert [json.loads(line)["text"] for line in written[0].read_text().split("\n")[:-1]] == ["one", "", LINES]
     monkeypatch.setenv(places.DATA_ROOT, str(tmp_path))
     assert [places.local_data(design_of("paper").datasets[name]) for name in ("wikitext2", "c4", "piqa")] == written
+    assert data.load_text("dataset:wikitext2", blank=True) == ["one", "", LINES]
     assert pin.fetch(["piqa"], tmp_path) == []
-    with pytest.raises(SfmpError, match="mmlu: expected a local form"):
-        pin.fetch(["mmlu"], tmp_path)
+    rows["gsm8k"]["local"] = "-"
+    with pytest.raises(SfmpError, match="gsm8k: expected a local form"):
+        pin.fetch(["gsm8k"], tmp_path)
+
+
+def test_fetch_copies_worked_examples_and_all_subjects(tmp_path, monkeypatch):
+    import datasets
+
+    rows = {name: {**row, "revision": COMMIT} for name, row in design_of("paper").datasets.items()}
+    monkeypatch.setattr(places, "dataset", rows.__getitem__)
+    rows["mmlu"] |= {"count": "114", "shot_count": "57"}
+    rows["gsm8k"] |= {"count": "2", "shot_count": "1"}
+
+    def load_dataset(source, config, split, revision):
+        assert revision == COMMIT and config not in (None, "all")
+        return [{"question": f"{config} {number}"} for number in range(2 if split == "test" else 1)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    names = [path.relative_to(tmp_path).as_posix() for path in pin.fetch(["mmlu", "gsm8k"], tmp_path)]
+    assert names == ["tasks/mmlu.jsonl", "tasks/mmlu.dev.jsonl", "tasks/gsm8k.jsonl", "tasks/gsm8k.train.jsonl"]
+    found = [json.loads(line) for line in (tmp_path / "tasks/mmlu.jsonl").read_text("utf-8").splitlines()]
+    assert found[:2] == [{"question": f"abstract_algebra {n}", "subject": "abstract_algebra"} for n in range(2)]
+    assert len({row["subject"] for row in found}) == 57
