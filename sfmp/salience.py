@@ -32,8 +32,11 @@ def linear_modules(model: nn.Module, skip: Iterable[str] = ("lm_head",)) -> dict
     found = {name: module for name, module in model.named_modules()
              if is_linear(module) and not is_skipped(name, skip)}
     if not found:
+        own = sorted({type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)
+                      and not is_linear(module)})
+        but = f" but {', '.join(own)}, which compute in a way of their own" if own else ""
         raise SfmpError(f"model: expected at least one nn.Linear outside skip={tuple(skip)}, "
-                        f"found none in {type(model).__name__}")
+                        f"found none in {type(model).__name__}{but}")
     return found
 
 

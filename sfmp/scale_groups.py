@@ -9,7 +9,9 @@ only if folding leaves the output of the layer at hand as it is.
 
 The proof folds powers of two.  These scale floating-point numbers exactly, so a true group changes no bit of the
 output, in any precision, and no routing decision of experts; only norms that multiply by 1 + w round anew, by 2⁻²⁴ of
-each channel.  `TOLERANCE` lets the layer grow that a thousandfold; a false group misses by 0.1 and more.
+each channel.  `TOLERANCE` lets the layer grow that a thousandfold; a false group misses by 0.1 and more.  The powers
+reach far (`_REACH`), so that limits which the probe itself stays within, such as clamped queries, keys and values, are
+run into.
 
 Source: METHOD.md sections 1.6 and 1.12 (defects 11, 12, 17).
 """
@@ -35,6 +37,7 @@ NO_CLIP = frozenset({
 
 TOLERANCE = 2.0**-14  # of what the layer adds to its input (root mean square)
 _FORMS = ("weight", "one_plus_weight")  # norms that multiply by w, and by 1 + w
+_REACH = {"one_plus_weight": 1}  # largest exponent of two that is folded; elsewhere 8, where nothing rounds
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ def find_groups(layer: nn.Module, probe: Batch, index: int, planned, shared=froz
     groups : list of ScaleGroup
         In the order of execution.
     refused : list of str
-        One sentence per norm whose group did not pass, naming what is lost.
+        One sentence per norm whose group did not pass, and per input that several linears read and that no scale can
+        be folded into, naming what is lost.
     """
     with all_experts(layer):
         seen = trace(layer, probe, index)
@@ -161,7 +165,11 @@ def find_groups(layer: nn.Module, probe: Batch, index: int, planned, shared=froz
                                "these linears are quantized without an AWQ scale")
         rest = seen.together([n for n in planned if n in seen.outputs and n not in covered])
         for family in _families(layer, rest):
-            groups += next(filter(None, map(prove, _predecessors(seen, family))), [])
+            found = next(filter(None, map(prove, _predecessors(seen, family))), [])
+            groups += found
+            # What is read by one alone may come from an activation; what several read would come from a norm.
+            refused += [f"found nothing that a scale for {', '.join(linears)} can be folded into; these linears are "
+                        "quantized without an AWQ scale" for _, linears in family if len(linears) > 1 and not found]
     order = list(seen.inputs)
     return sorted(groups, key=lambda group: order.index(group.linears[0])), refused
 
@@ -210,7 +218,8 @@ class _Prover:
                       for previous, linears in members]
             noise = torch.Generator().manual_seed(0)
             for group in groups:
-                exponents = torch.randint(-1, 2, (len(group.outputs(self.layer)),), generator=noise)
+                reach = _REACH.get(group.form, 8)
+                exponents = torch.randint(-reach, reach + 1, (len(group.outputs(self.layer)),), generator=noise)
                 fold(self.layer, group, torch.exp2(exponents.to(parameters[0])))
             change = (run_layer(self.layer, self.probe, self.index) - self.seen.result).abs().max()
             for parameter, value in zip(parameters, saved, strict=True):

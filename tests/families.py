@@ -97,9 +97,10 @@ print(json.dumps(equal))
 def tiny(family, dtype=torch.float32, **changes):
     """A model of the family in evaluation mode; norms and biases away from 1 and 0, weights large enough to matter."""
     config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")
+    sizes = FAMILIES.get(family, _GATED)  # others are built like a Llama
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config(**(FAMILIES[family] | changes))).eval()
+        model = transformers.AutoModelForCausalLM.from_config(config(**(sizes | changes))).eval()
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or name.endswith("proj_bias"):
                 parameter.data += 0.2 * torch.rand_like(parameter)

@@ -12,7 +12,7 @@ from sfmp.salience import linear_modules
 from sfmp.scale_groups import find_groups, fold
 from sfmp.spec import SfmpError
 from sfmp.unfuse import expose_linears
-from sfmp.walk import capture, find_layers
+from sfmp.walk import capture, find_layers, run_layer
 
 METHODS = ("rtn", "awq", "gptq")
 
@@ -40,12 +40,14 @@ def test_a_fresh_process_finds_the_same_bits(checkpoints, family, method):
     assert method == "rtn" or error < checkpoints[family, "rtn"][1]
 
 
-def _first_layer(model):
+def _layers(model):
+    """(layer, probe as it enters it, its number, names of its linears), one after the other."""
     names = list(linear_modules(model))
     (stack,) = find_layers(model, names)
     (probe,) = capture(model, [layer for _, layer in stack], [WINDOWS[:1]])
-    prefix, layer = stack[0]
-    return layer, probe, [name[len(prefix) + 1:] for name in names if name.startswith(prefix + ".")]
+    for index, (prefix, layer) in enumerate(stack):
+        yield layer, probe, index, [name[len(prefix) + 1:] for name in names if name.startswith(prefix + ".")]
+        probe.hidden = run_layer(layer, probe, index)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,19 +56,20 @@ def test_scales_leave_the_function_as_it_is(family):
     model = tiny(family)
     expose_linears(model)
     before = logits(model)
-    layer, probe, planned = _first_layer(model)
-    groups, refused = find_groups(layer, probe, 0, planned)
-    assert {group.previous for group in groups} == FOLDED[family] and not refused
-    noise = torch.Generator().manual_seed(2)
-    weights = [layer.get_submodule(name).weight.clone() for group in groups for name in group.linears]
-    for group in groups:
+    noise, found = torch.Generator().manual_seed(2), []
+    for layer, probe, index, planned in _layers(model):
+        groups, refused = find_groups(layer, probe, index, planned)
+        assert {group.previous for group in groups} == FOLDED[family] and not refused
+        found += [(layer, group) for group in groups]
+    weights = [layer.get_submodule(name).weight.clone() for layer, group in found for name in group.linears]
+    for layer, group in found:
         exponents = torch.randint(-2, 3, (len(group.outputs(layer)),), generator=noise)
         fold(layer, group, torch.exp2(exponents.float()))
-    changed = [layer.get_submodule(name).weight for group in groups for name in group.linears]
+    changed = [layer.get_submodule(name).weight for layer, group in found for name in group.linears]
     assert not any(torch.equal(old, new) for old, new in zip(weights, changed, strict=True))
-    rounds = any(group.form == "one_plus_weight" for group in groups)
+    rounds = any(group.form == "one_plus_weight" for _, group in found)
     assert (logits(model) - before).abs().max() <= (1e-5 * before.std() if rounds else 0)
-    for group in groups:
+    for layer, group in found:
         fold(layer, group, torch.exp(torch.randn(len(group.outputs(layer)), generator=noise) / 2))
     assert (logits(model) - before).abs().max() < 1e-4 * before.std()
 
@@ -75,8 +78,8 @@ def test_a_scale_in_the_wrong_place_is_seen():
     """The check above can fail: keys of a fused projection are no values."""
     model = tiny("GPTNeoX")
     before = logits(model)
-    layer, probe, planned = _first_layer(model)
-    groups, _ = find_groups(layer, probe, 0, planned)
+    layer, probe, index, planned = next(_layers(model))
+    groups, _ = find_groups(layer, probe, index, planned)
     group = next(group for group in groups if group.part)
     assert group.part == (32, 16, 48)
     wrong = type(group)(group.previous, group.linears, group.inspect, group.form, 0, (16, 16, 48))

@@ -1,5 +1,6 @@
 """Scale groups: what is found, what is refused, what folding does; whole families are in test_architectures."""
 
+import pytest
 import torch
 from families import tiny
 from torch import nn
@@ -49,6 +50,26 @@ def test_post_norm_layer_is_refused_by_name():
     groups, refused = find_groups(layer, probe, 0, planned)
     assert "final_layer_norm" not in {g.previous for g in groups}
     assert any("fc1" in sentence and "without an AWQ scale" in sentence for sentence in refused)
+
+
+def test_a_clamp_that_the_probe_stays_within_is_noticed():
+    """OLMo can clamp queries, keys and values: a value that a scale makes larger would be cut."""
+    for limit in (None, 8.0):
+        layer, probe, planned, _ = _first_layer(tiny("Olmo", clip_qkv=limit))
+        values = layer.self_attn.v_proj(layer.input_layernorm(probe.hidden))
+        assert values.abs().max() < 8
+        groups, _ = find_groups(layer, probe, 0, planned)
+        assert {g.previous for g in groups} == {"mlp.up_proj"} | ({"self_attn.v_proj"} if limit is None else set())
+
+
+@pytest.mark.parametrize("family", ["Olmo", "Olmo2"])
+def test_what_reads_no_norm_with_a_weight_is_named(family):
+    """Without a weight (OLMo), or behind the linears (OLMo 2), a norm takes no scale."""
+    layer, probe, planned, _ = _first_layer(tiny(family))
+    groups, refused = find_groups(layer, probe, 0, planned)
+    lost = [sentence.split("scale for ")[1].split(" can be")[0] for sentence in refused]
+    assert lost == ["self_attn.q_proj, self_attn.k_proj, self_attn.v_proj", "mlp.gate_proj, mlp.up_proj"]
+    assert all("without an AWQ scale" in sentence for sentence in refused) and len(groups) == 2
 
 
 def test_shared_parameters_are_never_scaled():
