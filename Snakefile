@@ -139,8 +139,7 @@ use rule calibration as rival with:
         unpack(shared.salience), unpack(shared.search), notebook=shared.notebook("rival"),
         windows=shared.windows("calibration"), weights=shared.weights,
     output:
-        checkpoint=directory(f"{R}/models/{{run}}"),
-        quantized=f"{R}/quantized/{{run}}.json",
+        checkpoint=directory(f"{R}/models/{{run}}"), quantized=f"{R}/quantized/{{run}}.json",
         timing=f"{R}/timing/rival/{{run}}.json",
     log: **shared.logs("rival/{run}")
     params: **shared.params("rival")
@@ -229,6 +228,16 @@ use rule e1 as e4_gpu with:
     params: **shared.params("e4_gpu")
     resources: mem_mb=HEAVY, gpu=shared.gpus
 
+# Shows the peaks of quiet processes: one large model, and three sizes.
+use rule e1 as e5_memory with:
+    input: notebook=shared.notebook("e5_memory"), memory_bench=design.config["memory_bench"]
+    output:
+        e5_memory_conditions=table("e5_memory_conditions"), e5_memory_sizes=table("e5_memory_sizes"),
+        e5_memory_depth=table("e5_memory_depth"), e5_memory_steps=table("e5_memory_steps"),
+        e5_memory_bytes=table("e5_memory_bytes"), memory=figure("memory"),
+    log: **shared.logs("e5_memory")
+    params: **shared.params("e5_memory")
+
 # What reads clocks stays out of tables/ and figures/, which are the same to the byte in every run.
 rule e5:
     input: notebook=shared.notebook("e5"), timing=shared.timings(), runs=design.runs_table
@@ -262,9 +271,7 @@ rule report:
     input: RESULTS
     output: f"{R}/report.html"
     log: f"{L}/report.txt"
-    shell:
-        "snakemake tables figures claims --report {output:q} --nolock --cores 1 --config tier={design.tier} "
-        "> {log:q} 2>&1"
+    shell: "snakemake tables figures claims --report {output:q} --nolock --cores 1 --config tier={design.tier} > {log:q} 2>&1"
 
 # What ran, how long it took, where the results are and what a bigger tier needs.
 rule summary:
@@ -278,14 +285,7 @@ rule publish:
     input: RESULTS
     shell: "python -m sfmp.report publish --tier {design.tier}"
 
-# Trains the embedded model again from the Python that is installed; resumable. The shipped weights stay as they are.
-rule train_embedded:
-    output: directory("results/embedded/train/model")
-    log: "results/embedded/logs/train_embedded.txt"
-    params: cores=min(CORES or 1, available_cores())
-    threads: CORES or 1
-    resources: mem_mb=4000
-    shell: "OMP_NUM_THREADS={params.cores} python -m sfmp.train --out results/embedded/train 2>&1 | tee {log:q}"
+include: "rules/training.smk"
 
 onstart:
     check_ready(design)

@@ -32,6 +32,7 @@ TABLES = (
     "integration", "concentration", "allocation", "allocation_oracle", "mlp_experiment", "guided_agreement",
     *(f"e4_cpu_{part}" for part in ("products", "fits", "reordering", "batches", "crossovers", "accuracy", "widths",
                                     "decoding", "targets", "conditions")),
+    *(f"e5_memory_{part}" for part in ("conditions", "sizes", "depth", "steps", "bytes")),
     *(f"e4_gpu_{part}" for part in ("conditions", "products", "fits", "layouts", "reordering", "batches", "crossovers",
                                     "widths", "accuracy", "host", "decoding", "predictions", "targets")),
 )
@@ -39,7 +40,7 @@ FIGURES = (
     "overview", "salience_before_after", "bit_map", "bits_by_layer", "accuracy_vs_bpw", "perplexity_vs_bpw",
     "retention_vs_bpw", "reorder", "block_shape", "group_size", "levels", "salience_source", "objective", "scope",
     "granularity", "guided", "quantizer", "mlp_curves", "kernel_peers", "kernel_bits", "kernel_batch",
-    "kernel_accuracy", "table_width", "decode_speed", "memory_traffic", "gpu_bits", "gpu_kernels",
+    "kernel_accuracy", "table_width", "decode_speed", "memory_traffic", "gpu_bits", "gpu_kernels", "memory",
 )
 
 # rule → (notebook, parameters beyond out, inputs, seed and tier); a test compares it with the notebooks.
@@ -61,6 +62,7 @@ NOTEBOOKS = {
     "e4_cpu": ("e4_cpu", ()),
     "e4_gpu": ("e4_gpu", ()),
     "e5": ("e5_cost", ()),
+    "e5_memory": ("e5_memory", ()),
     "e9": ("e9_claims", ()),
 }
 COMMON = ("out", "inputs", "seed", "tier")

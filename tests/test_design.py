@@ -18,6 +18,7 @@ from sfmp.spec import SfmpError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"tier": "embedded", "seed": 0, "cpu_bench": "results/reference/cpu/bench.json",
+          "memory_bench": "results/reference/cpu/memory.json",
           "gpu_bench": "results/reference/gpu"}
 TIERS = ("embedded", "small", "paper")
 

@@ -20,6 +20,7 @@ from sfmp.design import load_design, run_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"tier": "embedded", "seed": 0, "cpu_bench": "results/reference/cpu/bench.json",
+          "memory_bench": "results/reference/cpu/memory.json",
           "gpu_bench": "results/reference/gpu"}
 TIERS = ("embedded", "small", "paper")
 
