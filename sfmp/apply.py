@@ -19,6 +19,7 @@ from sfmp.awq import SEARCH_TOKENS, search_layer
 from sfmp.linear import SFMPLinear
 from sfmp.pack import pack
 from sfmp.quantize import dequantize
+from sfmp.readers import weights_read_elsewhere
 from sfmp.salience import check_in_memory
 from sfmp.solvers import SOLVERS, Stats, rtn
 from sfmp.spec import SfmpError
@@ -185,8 +186,17 @@ class Job:
         dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
         step = self._awq if self.spec.method == "awq" else self._gptq
         with in_float32(layer, leave=(SFMPLinear,)):
+            self._check_called(layer, inner, batches[0], index)
             quantized = step(layer, inner, batches, index, dtype, last)
         self.replace(quantized)
+
+    def _check_called(self, layer, inner, probe, index):
+        """Refuse linears whose weight other code multiplies by: Fisher salience leaves them out, others do not."""
+        watched = {name: layer.get_submodule(short) for short, name in inner.items()}
+        if wrong := weights_read_elsewhere(watched, lambda: run_layer(layer, probe, index)):
+            short = sorted({name.rpartition(".")[2] for name in wrong})
+            raise SfmpError(f"{wrong[0]}: expected a linear layer that is called, found its weight read by other code, "
+                            f"so it cannot be replaced; skip it (--skip lm_head {' '.join(short)})")
 
     def _linear_at(self, name):
         """Whether the linear is still to be replaced (a layer that is run twice is quantized once)."""

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -91,3 +91,35 @@ class InputRecord(contextlib.ExitStack):
         for name, calls in self._calls.items():
             found.setdefault(tuple(calls) or name, []).append(name)
         return tuple(map(tuple, found.values()))
+
+
+def weights_read_elsewhere(linears: Mapping[str, torch.nn.Linear], run: Callable[[], object]) -> list[str]:
+    """Names of linear layers whose weight other code than the layer's own reads while `run` runs.
+
+    Such a weight (dt_proj of Mamba) must stay a tensor: nothing can take the place of the layer.
+    """
+    read, kinds = [], {name: type(linear) for name, linear in linears.items()}
+
+    def watched(name, kind):
+        def weight(linear):
+            if not linear.__dict__.get("_called"):
+                read.append(name)
+            return linear._parameters["weight"]
+
+        def call(linear, *args, **kwargs):  # not forward: accelerate puts another in its place
+            linear.__dict__["_called"] = True
+            try:
+                return kind.__call__(linear, *args, **kwargs)
+            finally:
+                del linear.__dict__["_called"]
+
+        return type(kind.__name__, (kind,), {"weight": property(weight), "__call__": call})
+
+    try:
+        for name, linear in linears.items():
+            linear.__class__ = watched(name, kinds[name])
+        run()
+    finally:
+        for name, linear in linears.items():
+            linear.__class__ = kinds[name]
+    return list(dict.fromkeys(read))

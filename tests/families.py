@@ -42,6 +42,8 @@ FAMILIES = {
     "GptOss": _EXPERTS | {"num_local_experts": 4, "head_dim": 16},
 }
 
+OTHERS = {"Mamba": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96, "state_size": 8}}
+
 _NORMS = {"input_layernorm", "post_attention_layernorm"}
 _LLAMA = _NORMS | {"self_attn.v_proj", "mlp.up_proj"}
 _PRE_POST = {"input_layernorm", "pre_feedforward_layernorm", "self_attn.v_proj", "mlp.up_proj"}
@@ -97,7 +99,7 @@ print(json.dumps(equal))
 def tiny(family, dtype=torch.float32, **changes):
     """A model of the family in evaluation mode; norms and biases away from 1 and 0, weights large enough to matter."""
     config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")
-    sizes = FAMILIES.get(family, _GATED)  # others are built like a Llama
+    sizes = (FAMILIES | OTHERS).get(family, _GATED)  # whoever is in neither is built like a Llama
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config(**(sizes | changes))).eval()

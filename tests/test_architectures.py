@@ -8,7 +8,8 @@ from families import FAMILIES, FOLDED, WINDOWS, loaded_afresh, logits, quantized
 from torch import nn
 
 from sfmp import QuantSpec, fisher_salience, make_plan, quantize_model
-from sfmp.salience import linear_modules
+from sfmp.readers import weights_read_elsewhere
+from sfmp.salience import linear_modules, magnitude_salience
 from sfmp.scale_groups import find_groups, fold
 from sfmp.spec import SfmpError
 from sfmp.unfuse import expose_linears
@@ -140,6 +141,24 @@ def test_what_is_not_called_as_a_linear_layer_is_left_alone():
     with pytest.warns(UserWarning, match="^used: used without calling the layer"):
         salience = fisher_salience(model, torch.randn(3, 4, 32), loss_fn=lambda m, x: m(x).square().sum())
     assert list(salience) == ["called"] and salience.readers == (("called",),)
+    linears, kind = {name: model.get_submodule(name) for name in ("called", "used")}, type(model.used)
+    model.called.forward = model.called.forward  # as accelerate leaves it
+    assert weights_read_elsewhere(linears, lambda: model(torch.randn(4, 32))) == ["used"]
+    assert type(model.used) is type(model.called) is kind
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_what_must_stay_a_tensor_is_refused_under_salience_that_does_not_see_it(method):
+    """Mamba multiplies by the weight of dt_proj itself: a checkpoint without that weight could not run."""
+    def attempt(skip):
+        model = tiny("Mamba")
+        spec = QuantSpec(bpw=4.0, group_size=32, block_rows=32, levels=(2, 3, 4), method=method, skip=skip)
+        return quantize_model(model, make_plan(magnitude_salience(model, skip=skip), spec), WINDOWS)
+
+    with pytest.raises(SfmpError, match=r"layers.0.mixer.dt_proj: .*read by other code.*--skip lm_head dt_proj"):
+        attempt(("lm_head",))
+    model = attempt(("lm_head", "dt_proj"))
+    assert logits(model).isfinite().all() and type(model.backbone.layers[0].mixer.dt_proj) is nn.Linear
 
 
 def test_an_embedding_is_no_linear_layer(tiny_llama):
