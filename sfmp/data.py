@@ -101,15 +101,41 @@ def _string(value):
 
 
 def _hub_documents(source: str) -> list[str]:
-    from datasets import load_dataset
-
     found = HUB.fullmatch(source)
     if found is None:
         raise SfmpError(f"data source {source!r}: expected hub:ID:SPLIT or hub:ID:CONFIG:SPLIT, optionally @REVISION "
                         "and #FILE; correct it")
     name, config, split, revision, file = found.groups()
     chosen = {} if file is None else {"data_files": {split.partition("[")[0]: file}}
-    return list(load_dataset(name, config, split=split, revision=revision, **chosen)["text"])
+    rows = read_hub(name, config, split, revision, **chosen)
+    try:
+        return list(rows["text"])
+    except KeyError as error:
+        raise SfmpError(f"data source {source!r}: expected a column 'text', found none; choose another") from error
+
+
+def read_hub(name: str, config: str | None, split: str, revision: str | None, **chosen):
+    """Return the rows of a data set of the Hub.
+
+    Parameters
+    ----------
+    name, config, split, revision, chosen : as ``datasets.load_dataset`` takes them
+
+    Raises
+    ------
+    SfmpError
+        The Hub does not give them: no network, no such data set, configuration, split or revision.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(name, config, split=split, revision=revision, **chosen)
+    except (OSError, ValueError, DatasetsError) as error:  # OSError: no network, in its many forms
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise SfmpError(f"data set {name}: expected the Hub to give {split} of configuration {config or '-'} at "
+                        f"revision {revision or 'main'}, found: {reason}; check them and the network, or read a local "
+                        "copy (data.root, SFMP_DATA_ROOT)") from error
 
 
 def calibration_windows(documents: list[str], tokenizer, n_windows: int, seqlen: int, seed: int = 0) -> torch.Tensor:
@@ -219,12 +245,15 @@ def load_windows(path: str | Path) -> tuple[torch.Tensor, dict[str, str]]:
     Raises
     ------
     SfmpError
-        If the fingerprint does not fit the content.
+        If there is no such file, or its fingerprint does not fit its content.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        windows, meta = file.get_tensor("windows"), json.loads((file.metadata() or {}).get("windows", "{}"))
+    try:
+        with safe_open(path, framework="pt") as file:
+            windows, meta = file.get_tensor("windows"), json.loads((file.metadata() or {}).get("windows", "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SfmpError(f"{path}: expected a file of windows, found {error}; make it again") from error
     if meta.get("fingerprint") != fingerprint(windows):
         found = fingerprint(windows)
         raise SfmpError(

@@ -58,13 +58,13 @@ def pin(folder="config", tier: str | None = None, again: bool = False) -> list[t
 def _revision(kind, repository):
     """Commit that ``main`` of a repository is at."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     api = HfApi()
     ask = api.model_info if kind == "model" else api.dataset_info
     try:
         commit = ask(repository, revision="main", timeout=30).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:  # OSError: no network, in all its forms
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:  # no network, in all its forms
         raise SfmpError(f"{repository}: expected the Hub to say its revision, found {type(error).__name__}: "
                         f"{(str(error).splitlines() or [''])[0]}; run this where there is a network, logged in "
                         "(hf auth login) if it is gated") from error
@@ -138,10 +138,9 @@ def _rows(row, split):
         return [{"text": text} for text in data.load_text(places.hub_source(row), blank=True)]
     if row["dataset"] not in STOCK:
         raise SfmpError(f"data set {row['dataset']}: expected a task of lm-eval ({', '.join(STOCK)}); correct its name")
-    from datasets import load_dataset
 
     def read(config):
-        return map(dict, load_dataset(row["source"], config, split=split, revision=row["revision"]))
+        return map(dict, data.read_hub(row["source"], config, split, row["revision"]))
 
     parts = [subject for _, subject in stock_parts(row["dataset"]).values()]
     if parts != [None]:  # read as lm-eval reads them, one after the other

@@ -38,7 +38,7 @@ def main(arguments=None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except SfmpError as error:
+    except (SfmpError, OSError) as error:  # OSError: a file that is not there, a full disk
         print(f"sfmp.scatter_job: {error}", file=sys.stderr)
         return 2
     return 0

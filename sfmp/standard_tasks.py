@@ -193,13 +193,14 @@ def accuracy(model, tokenizer, tasks: Sequence[str], batch_size: int = 16, limit
     Raises
     ------
     SfmpError
-        As `write_definitions` does.
+        As `write_definitions` does, or the Hub does not give the rows.
 
     Notes
     -----
     Source: METHOD.md section 1.10.
     """
     import lm_eval
+    from datasets.exceptions import DatasetsError
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -213,8 +214,13 @@ def accuracy(model, tokenizer, tasks: Sequence[str], batch_size: int = 16, limit
         for task in tasks:
             names = write_definitions(Path(folder), task)
             manager = TaskManager(include_path=folder, include_defaults=False)
-            found = lm_eval.simple_evaluate(model=lm, tasks=names, task_manager=manager, bootstrap_iters=0, limit=limit,
-                                            num_fewshot=int(places.dataset(task)["shots"]), log_samples=True)
+            shots = int(places.dataset(task)["shots"])
+            try:
+                found = lm_eval.simple_evaluate(model=lm, tasks=names, task_manager=manager, bootstrap_iters=0,
+                                                limit=limit, num_fewshot=shots, log_samples=True)
+            except (ConnectionError, DatasetsError) as error:
+                raise SfmpError(f"task {task}: expected its rows from the Hub, found: {error}; check the network, or "
+                                "read a local copy (data.root, SFMP_DATA_ROOT)") from error
             scores[task] = _scores([(found["results"][name], found["samples"][name]) for name in names])
     return scores
 

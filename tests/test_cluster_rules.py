@@ -59,6 +59,11 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert scatter_job.main(words) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("sfmp.scatter_job: model") and shown.count("\n") == 1
+    for words in (["layers", "--plan", "none", "--inputs", "none", "--windows", "none"],
+                  ["inputs", "--windows", str(tmp_path / "none")], ["plan", "--salience", "none", "--spec", "{}"]):
+        assert scatter_job.main([*words, "--model", "embedded", "--out", "o"]) == 2
+        shown = capsys.readouterr().err
+        assert "none" in shown and shown.count("\n") == 1
 
 
 @pytest.mark.workflow

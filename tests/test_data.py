@@ -71,6 +71,20 @@ def test_hub_source_passes_id_config_split_and_revision(monkeypatch):
     assert calls == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test", "revision": "abc"})]
 
 
+def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch):
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError, ExpectedMoreSplitsError
+
+    for raised in (ConnectionError("no way"), DatasetNotFoundError("no way"), ValueError("no way"),
+                   ExpectedMoreSplitsError("no way")):
+        def load_dataset(*_, raised=raised, **__):
+            raise raised
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        with pytest.raises(SfmpError, match="data set a/b: expected the Hub to give train .* found: no way; check"):
+            data.load_text("hub:a/b:train")
+
+
 def test_calibration_windows_are_pieces_of_long_enough_documents():
     documents = ["abcdefghij", "KLMNOPQRSTUVWXYZ", "short"]
     windows = data.calibration_windows(documents, Letters(), n_windows=7, seqlen=8, seed=3)
@@ -100,6 +114,8 @@ def test_windows_round_trip_and_a_changed_file_is_refused(tmp_path):
     loaded, meta = data.load_windows(tmp_path / "w.safetensors")
     assert torch.equal(loaded, windows) and meta["source"] == "python:calibration"
     assert meta["fingerprint"] == data.fingerprint(windows) != data.fingerprint(windows.view(4, 3))
+    with pytest.raises(SfmpError, match="none: expected a file of windows, found"):
+        data.load_windows(tmp_path / "none")
     raw = bytearray((tmp_path / "w.safetensors").read_bytes())
     raw[-8] ^= 1
     (tmp_path / "w.safetensors").write_bytes(raw)

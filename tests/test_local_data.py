@@ -325,6 +325,19 @@ def test_definitions_of_the_hub_pin_its_revision(tmp_path, monkeypatch):
         assert Path(definition["include"]).is_file() and set(definition) == {"task", "include", "dataset_kwargs"}
 
 
+def test_a_task_that_the_hub_does_not_give_is_one_clear_error(tiny_llama, monkeypatch):
+    import lm_eval
+
+    def evaluate(**_):
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
+
+    monkeypatch.delenv(places.DATA_ROOT, raising=False)
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    _, tokenizer = stages.load_model("embedded")
+    with pytest.warns(UserWarning, match="no revision"), pytest.raises(SfmpError, match="task piqa: expected its rows"):
+        standard_tasks.accuracy(tiny_llama, tokenizer, ["piqa"])
+
+
 def test_tasks_run_on_a_local_model(roots, monkeypatch):
     monkeypatch.setattr(standard_tasks, "stock_row", remember(standard_tasks.stock_row, kept := []))
     model, tokenizer = stages.load_model(f"karpathy/stories260K@{COMMIT}")

@@ -203,6 +203,8 @@ def test_pin_writes_what_the_hub_says_and_nothing_else(hub, tmp_path):
     tiers.check_ready(design_of("small", folder))
     hub.asked.clear()
     assert "0 revisions" in run_pin(hub, folder, "--tier", "small").stdout and not hub.asked
+    no_network = run_pin(SimpleNamespace(server_port=9), folder, "--tier", "paper")  # a port that no one listens on
+    assert no_network.returncode == 2 and "expected the Hub to say its revision" in no_network.stderr
     hub.commit = None
     failed = run_pin(hub, folder, "--tier", "paper")
     assert failed.returncode == 2 and "expected the Hub to say its revision" in failed.stderr
