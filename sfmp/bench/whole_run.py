@@ -8,6 +8,7 @@ Source: METHOD.md section 4, C2; DESIGN.md section 7.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -63,15 +64,13 @@ def measure(size: str, vocabulary: int, place, *, bpw: float = 3.0, method: str 
     work = out.with_name(f".{out.name}.work")
 
     def half():
-        return len(list(work.glob("layer-*.safetensors"))) >= math.ceil(layers / 2)
+        return len(_times(work)) >= math.ceil(layers / 2)
 
     steps.append(_step("quantize, killed", [*order, str(out), *options], half))
-    before = {path.name: path.stat().st_mtime_ns for path in work.glob("layer-*.safetensors")}
-    kept = []
+    before, remade = _times(work), set()
 
     def look():
-        kept[:] = [path.name for path in work.glob("layer-*.safetensors")
-                   if before.get(path.name) == path.stat().st_mtime_ns] or kept
+        remade.update(name for name, made in _times(work).items() if before.get(name, made) != made)
 
     steps.append(_step("quantize, resumed", [*order, str(out), *options, "--resume"], look=look))
     text = "def main():\n"
@@ -85,7 +84,7 @@ def measure(size: str, vocabulary: int, place, *, bpw: float = 3.0, method: str 
                                           capture_output=True, text=True).stdout)
     return {"size": size, "vocabulary": vocabulary, "bpw": bpw, "method": method, "windows": windows,
             "seqlen": seqlen, "model": payload(model), "layers_at_kill": len(before),
-            "layers_kept": sorted(kept) == sorted(before), "steps": steps, "quantized": payload(out),
+            "layers_kept": bool(before) and not remade, "steps": steps, "quantized": payload(out),
             "weights": inspected["weights"], "bpw_stored": inspected["bpw_stored"],
             "not_quantized": payload(model) - 2 * inspected["weights"], "same": same}
 
@@ -119,6 +118,15 @@ def _step(name, command, end=None, look=lambda: None):
         raise SfmpError(f"{' '.join(command)}: expected it to {'end with 0' if end is None else 'be killed'}, found "
                         f"{code}; its last lines say why")
     return {"step": name, "seconds": round(time.monotonic() - start, 1), "peak": usage.ru_maxrss * 1024}
+
+
+def _times(work):
+    """When each finished layer was written, by file name."""
+    found = {}
+    for path in work.glob("layer-*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):  # the other process has just ended and removes them
+            found[path.name] = path.stat().st_mtime_ns
+    return found
 
 
 def _hashes(folder):
