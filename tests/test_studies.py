@@ -104,7 +104,7 @@ def test_evaluation_windows_of_the_corpus_are_evenly_spaced(monkeypatch):
 
     found = torch.arange(10)[:, None].expand(10, 4)
     monkeypatch.setattr(data, "evaluation_windows", lambda *_: (found, 3.0))
-    monkeypatch.setattr(data, "load_text", lambda source: [source])
+    monkeypatch.setattr(data, "load_text", lambda source, **options: [source])
     assert stages.evaluation_set("embedded", None, 3, 4)[0][:, 0].tolist() == [0, 3, 6]
     assert len(stages.evaluation_set("owner/name", None, 3, 4)[0]) == 10  # the paper's protocol: all of them
     assert not Path("owner/name").exists()
