@@ -120,9 +120,16 @@ class _Request:
 
         model, tokenizer = load(self.source, self.dtype, self.device)
         check_unquantized(self.source, model.config)
+        if self.device == "spread" and any(parameter.is_meta for parameter in model.parameters()):
+            warnings.warn("device spread: the GPUs do not hold all of the model, so one layer at a time is quantized, "
+                          "on one device", stacklevel=4)
+            del model
+            return dataclasses.replace(self, device="auto").run()
         windows = self.windows_for(model, tokenizer)
-        shown = {"progress": self.progress} if self.kind in ("fisher", "activation") else {}
-        salience = SALIENCE_SOURCES[self.kind](model, windows, self.spec.seed, skip=self.spec.skip, **shown)
+        options = {"progress": self.progress} if self.kind in ("fisher", "activation") else {}
+        if self.kind == "fisher" and self.device == "spread":  # twice the weights beside them
+            options |= {"checkpointing": True, "accumulate": "cpu"}
+        salience = SALIENCE_SOURCES[self.kind](model, windows, self.spec.seed, skip=self.spec.skip, **options)
         plan = make_plan(salience, self.spec, model)
         del salience
         attach(quantize_model(model, plan, windows, progress=self.progress), plan, self.origin)

@@ -333,6 +333,35 @@ def test_offloaded_weights_are_refused_with_what_to_do(models, tmp_path, place):
         assert torch.allclose(model(windows).logits, full(windows).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_larger_than_the_gpus_together_is_streamed(models, tmp_path, monkeypatch):
+    """No GPU here: a device map that leaves a layer on disk stands for one that does not fit."""
+    from sfmp import pipeline
+
+    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    layers = {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(3)}
+    source, calibration = str(models("llama")), pipeline.Calibration("python:calibration", 2, 16)
+    monkeypatch.setattr(pipeline, "load", lambda name, dtype, device: load_placed(name, dtype, CPU, parts | layers))
+    with pytest.warns(UserWarning, match="device spread: the GPUs do not hold all of the model"):
+        pipeline.quantize_to_folder(source, tmp_path / "spread", SPEC, calibration, device="spread")
+    pipeline.quantize_to_folder(source, tmp_path / "cpu", SPEC, calibration, device="cpu")
+    saved = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("spread", "cpu")]
+    assert saved[0] == saved[1]
+
+
+def test_a_spread_model_has_its_sums_on_the_cpu_and_the_same_bytes(models, tmp_path, monkeypatch):
+    from sfmp import pipeline
+
+    asked, original = [], SALIENCE_SOURCES["fisher"]
+    monkeypatch.setitem(SALIENCE_SOURCES, "fisher",
+                        lambda *args, **options: (asked.append(options), original(*args, **options))[1])
+    source, calibration = str(models("llama")), pipeline.Calibration("python:calibration", 2, 16)
+    for device in ("spread", "cpu"):
+        pipeline.quantize_to_folder(source, tmp_path / device, SPEC, calibration, device=device)
+    assert asked[0]["checkpointing"] and asked[0]["accumulate"] == "cpu" and len(asked) == 1
+    saved = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("spread", "cpu")]
+    assert saved[0] == saved[1]
+
+
 def test_sums_in_files_are_not_those_of_an_earlier_call(models, tmp_path):
     model, _ = load(str(models("llama")), "float32", "cpu")
     first = fisher_salience(model, _windows(), accumulate=tmp_path)
