@@ -11,11 +11,16 @@ from pathlib import Path
 
 from sfmp.checks import SfmpError
 
+_EARLIER = ("model*.safetensors", "model.safetensors.index.json")  # else a loader may prefer those of an older upload
+
 
 def push_checkpoint(folder, repository: str, *, results: Sequence[Mapping] = (), private: bool | None = None,
                     revision: str | None = None, message: str = "Upload a model quantized by sfmp",
                     token: str | None = None, endpoint: str | None = None) -> str:
     """Upload a checkpoint in one commit; nothing is uploaded unless this is called.
+
+    Weight files (``model*.safetensors`` and their index) of an earlier upload that this one does not replace are
+    removed in the same commit. Hidden files and ``*.tmp`` stay here.
 
     Parameters
     ----------
@@ -62,7 +67,7 @@ def push_checkpoint(folder, repository: str, *, results: Sequence[Mapping] = (),
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, revision=revision,
-                                   ignore_patterns=[".*", "*.tmp"])
+                                   ignore_patterns=[".*", "*/.*", "*.tmp"], delete_patterns=list(_EARLIER))
     except (HTTPError, ConnectionError, LocalTokenNotFoundError, ValueError) as error:  # ValueError: an invalid card
         reason = " ".join(str(error).split())
         raise SfmpError(f"{repository}: expected the Hub to take the upload, found: {reason}; log in with `hf auth "

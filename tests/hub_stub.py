@@ -1,7 +1,8 @@
 """A Hugging Face Hub of one process: repositories in memory, and the calls an upload consists of.
 
 ``/api/repos/create``, ``/api/validate-yaml`` (of the card), ``…/preupload/…`` (large files go to LFS, as on the Hub),
-the LFS batch call with its uploads, ``…/commit/…``. Everything else is 404, and every request is kept.
+the list of files (``…/tree/…``), the LFS batch call with its uploads, ``…/commit/…``. Everything else is 404, and every
+request is kept.
 """
 
 from __future__ import annotations
@@ -47,8 +48,14 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(200, {})
 
     def do_GET(self):
-        self.hub.requests.append(f"GET {self.path.split('?')[0]}")
-        self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+        path = self.path.split("?")[0]
+        self.hub.requests.append(f"GET {path}")
+        parts = path.strip("/").split("/")
+        if len(parts) == 6 and parts[4] == "tree" and "/".join(parts[2:4]) in self.hub.created:
+            files = self.hub.files.get(("/".join(parts[2:4]), parts[5]), {})
+            return self._answer(200, [{"type": "file", "path": name, "size": len(content), "oid": "0"}
+                                      for name, content in files.items()])
+        return self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_GET
 
@@ -96,6 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         self._answer(200, {"commitUrl": f"{self.hub.url}/{repository}/commit/1", "commitOid": "1", "success": True})
 
     def _chunked(self):

@@ -46,8 +46,11 @@ def test_every_file_arrives_in_one_commit(hub, folder):
     (folder / ".cache").mkdir()
     (folder / ".cache" / "junk").write_text("x")
     (folder / ".README.md.1.tmp").write_text("x")
+    (folder / "more").mkdir()
+    (folder / "more" / ".env").write_text("secret")
     assert push(hub, folder, private=True) == f"{hub.url}/me/tiny-sfmp/commit/1"
-    local = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+    local = {path.name: path.read_bytes() for path in folder.iterdir()
+             if path.is_file() and not path.name.startswith(".")}
     assert hub.files == {("me/tiny-sfmp", "main"): local}
     assert len(hub.commits) == 1 and hub.commits[0]["summary"] == "Upload a model quantized by sfmp"
     assert len(hub.objects) == len(list(folder.glob("*.safetensors"))) > 2
@@ -65,6 +68,18 @@ def test_the_card_arrives_with_the_results(hub, folder):
     (folder / "README.md").write_text(own)
     push(hub, folder)
     assert hub.files["me/tiny-sfmp", "main"]["README.md"].decode() == own  # an edited card is kept
+
+
+def test_weights_of_an_earlier_upload_do_not_stay(hub, folder, tiny_llama, tmp_path):
+    one = hf.save_checkpoint(tiny_llama, tmp_path / "one")  # one file, where the other has many and an index
+    (one / "notes.txt").write_text("kept")
+    push(hub, one)
+    assert "model.safetensors" in hub.files["me/tiny-sfmp", "main"]
+    push(hub, folder)
+    local = {path.name for path in folder.iterdir()}
+    assert "model.safetensors" not in local and set(hub.files["me/tiny-sfmp", "main"]) == local | {"notes.txt"}
+    push(hub, one)
+    assert set(hub.files["me/tiny-sfmp", "main"]) == {path.name for path in one.iterdir()}
 
 
 def test_another_branch(hub, folder):
