@@ -22,7 +22,8 @@ EXAMPLES = """examples:
   sfmp pin --tier small
   sfmp fetch c4 wikitext2 piqa --data-root /data
 
-exit status: 0 done, 2 bad arguments or input (one line says what to do), 1 anything unexpected (with traceback)"""
+exit status: 0 done, 2 bad arguments or input (one line says what to do), 130 interrupted,
+1 anything unexpected (with traceback)"""
 MODEL = "a local folder, `embedded` (the small model of this package), or OWNER/NAME[@REVISION] on the Hugging Face Hub"
 TEXT = ("python:calibration, python:evaluation, a .txt or .jsonl file, dataset:NAME of config/datasets.tsv, or "
         "hub:ID[:CONFIG]:SPLIT[@REVISION][#FILE]")
@@ -31,22 +32,25 @@ TEXT = ("python:calibration, python:evaluation, a .txt or .jsonl file, dataset:N
 def main(arguments=None) -> int:
     """Run one command; return its exit status: 0 done, 2 bad input, 130 interrupted. Anything else is raised."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["bench"]:  # it has a parser of its own
-        from sfmp.bench.__main__ import main as bench
-
-        return bench(arguments[1:])
-    options = parser().parse_args(arguments)
-    from sfmp import commands
+    own_parser = arguments[:1] == ["bench"]
+    options = None if own_parser else parser().parse_args(arguments)
+    command = "bench" if own_parser else options.command
     from sfmp.checks import SfmpError
 
     try:
-        getattr(commands, options.command)(options)
+        if own_parser:
+            from sfmp.bench.__main__ import main as bench
+
+            return bench(arguments[1:])
+        from sfmp import commands
+
+        getattr(commands, command)(options)
         sys.stdout.flush()
     except SfmpError as error:
-        print(f"sfmp {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"sfmp {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"sfmp {options.command}: interrupted", file=sys.stderr)
+        print(f"sfmp {command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,7 +83,9 @@ def _quantize(commands):
     one.add_argument("model", metavar="MODEL", help=MODEL)
     one.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
     one.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
-    one.add_argument("--resume", action="store_true", help="go on where a killed run of the same command was")
+    one.add_argument("--resume", action="store_true", help="go on where a killed run of the same command "
+                     "was, or begin if there was none (not with --device spread, and not for the few models that are "
+                     "quantized in memory as a whole, which a warning tells)")
     spec = one.add_argument_group("what to make")
     spec.add_argument("--bpw", type=float, default=3.0, help="bits per weight, scales and offsets included (3.0)")
     spec.add_argument("--levels", type=_levels, default=(2, 3, 4), help="bit-widths of a block, or auto (2,3,4)")
@@ -98,7 +104,7 @@ def _quantize(commands):
     data.add_argument("--seqlen", type=int, help="tokens of a window (512, or the model's context if that is shorter)")
     data.add_argument("--salience", choices=("fisher", "activation", "magnitude", "random"), default="fisher",
                       help="what says which weights matter (fisher)")
-    _machine(one)
+    _machine(one, "where the GPUs do not hold all of the model, one layer at a time on one device instead")
     one.add_argument("--base-model", metavar="ID[@REVISION]", help="what the model card names; MODEL by default")
     one.add_argument("--max-shard-size", default="5GB", help="largest file of OUT (5GB)")
     one.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -180,10 +186,10 @@ def _fetch(commands):
     one.add_argument("--data-root", required=True, metavar="FOLDER", help="what data.root is to be on that machine")
 
 
-def _machine(one):
+def _machine(one, spread="for models larger than one GPU"):
     one.add_argument("--device", default="auto",
-                     help="cpu, cuda, cuda:1 …; auto: cuda if there is one; spread: over all "
-                     "GPUs, then the CPU, for models larger than one GPU (auto)")
+                     help="cpu, cuda, cuda:1 …; auto: cuda if there is one; spread: over all GPUs, then the CPU; "
+                     f"{spread} (auto)")
     one.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                      help="of what is not quantized; auto: as stored, but float32 for float16 on a CPU (auto)")
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
+from pathlib import Path
+
+from sfmp.checks import SfmpError
 
 
 def quantize(options) -> None:
@@ -29,6 +33,8 @@ def eval(options) -> None:
     """Print one line per score; write them all if a file is named."""
     from sfmp.pipeline import evaluate_model, save_results
 
+    if options.json:
+        _check_writable(options.json)
     results = evaluate_model(options.model, options.text or ["python:evaluation"], seqlen=options.seqlen,
                              windows=options.windows, tasks=options.tasks, items=options.items, dtype=options.dtype,
                              device=options.device, progress=not options.quiet)
@@ -47,13 +53,15 @@ def generate(options) -> None:
     prompt = sys.stdin.read() if options.prompt is None else options.prompt
     model, tokenizer = load(options.model, options.dtype, options.device)
 
-    def write(piece):
-        print(piece, end="", flush=True)
+    unshown = [prompt]  # until the first piece: what is refused leaves standard output empty
 
-    write(prompt)
+    def write(piece):
+        print(*unshown, piece, sep="", end="", flush=True)
+        unshown.clear()
+
     continue_text(model, tokenizer, prompt, tokens=options.tokens, temperature=options.temperature,
                   top_p=options.top_p, seed=options.seed, write=write)
-    print()
+    write("\n")
 
 
 def inspect(options) -> None:
@@ -80,9 +88,8 @@ def convert(options) -> None:
     """Convert an authors' checkpoint; the last lines say what was made."""
     from sfmp.convert import convert_checkpoint
     from sfmp.inspection import read_checkpoint, summary
-    from sfmp.model_source import check_new, source_record
+    from sfmp.model_source import source_record
 
-    check_new(options.out, options.overwrite)
     convert_checkpoint(options.source, options.out, codes=options.codes, nibbles=options.nibbles,
                        axes=options.axes,
                        base=source_record("", options.base_model), overwrite=options.overwrite,
@@ -103,6 +110,7 @@ def pin(options) -> None:
     """Write revisions; print one line for each."""
     from sfmp.pin import pin as write_revisions
 
+    _check_tables(Path(options.config))
     found = write_revisions(options.config, options.tier, options.again)
     for repository, commit in found:
         print(f"{repository}  {commit}")
@@ -115,6 +123,30 @@ def fetch(options) -> None:
 
     for path in copy(options.names, options.data_root):
         print(path)
+
+
+def _check_writable(path):
+    """Raise SfmpError if a result could not be written there, before it is computed."""
+    from sfmp.disk import writing_to
+
+    path = Path(path)
+    if path.is_dir():
+        raise SfmpError(f"{path}: expected a file to write, found a folder; name a file in it")
+    with writing_to(path, "choose a place where you may write"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise SfmpError(f"{path}: expected a folder {path.parent}, found a file; choose another place") from error
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
+def _check_tables(folder):
+    """Raise SfmpError where the tables are not; an installed package does not carry them."""
+    for name in ("models.tsv", "datasets.tsv"):
+        if not (folder / name).is_file():
+            raise SfmpError(f"{folder / name}: expected this table, found none; run this in a checkout of the "
+                            "repository, or name the folder that holds it with --config")
 
 
 def _print_made(found):

@@ -64,9 +64,12 @@ def convert_checkpoint(source, folder, *, codes: str = "qweight", nibbles: str =
     and seed of the authors' run are not in their checkpoint. Source: METHOD.md 1.5, 1.9; DESIGN.md section 4.
     """
     from sfmp.card import save_model_card
+    from sfmp.disk import writing_to
     from sfmp.model_source import check_new
+    from sfmp.pipeline import check_apart
 
     source, folder = Path(source), check_new(folder, overwrite)
+    check_apart(source, folder)
     if nibbles not in ("low-first", "high-first"):
         raise SfmpError(f"nibbles: expected low-first or high-first, found {nibbles!r}")
     if axes is not None and axes not in AXES:
@@ -76,22 +79,25 @@ def convert_checkpoint(source, folder, *, codes: str = "qweight", nibbles: str =
     where, headers = _tensor_files(source)
     modules = _modules(source, where, layout)
     layout = dataclasses.replace(layout, axes=axes or _common_axes(modules, headers, layout))
-    folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
-        new.mkdir()
-        entries, plan = _write_tensors(new, where, modules, layout, max_shard_bytes, progress)
-        config["quantization_config"] = {
-            "quant_method": "sfmp", "format_version": FORMAT_VERSION, "spec": plan.spec.to_dict(), "modules": entries,
-            "plan_hash": plan.hash, "source": dict(base or {"model": None, "revision": None})}
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _copy_other_files(source, new)
-        save_model_card(None, new)
-        check_new(folder, overwrite)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
+        with writing_to(folder, "choose a place where you may write, with room for the checkpoint"):
+            new.mkdir(parents=True)
+            entries, plan = _write_tensors(new, where, modules, layout, max_shard_bytes, progress)
+            config["quantization_config"] = {
+                "quant_method": "sfmp", "format_version": FORMAT_VERSION, "spec": plan.spec.to_dict(),
+                "modules": entries, "plan_hash": plan.hash,
+                "source": dict(base or {"model": None, "revision": None})}
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            _copy_other_files(source, new)
+            save_model_card(None, new)
+            check_new(folder, overwrite)
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(new, folder)
     finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,9 +67,13 @@ def quantize_to_folder(source: str, folder, spec: QuantSpec, calibration: Calibr
         Any of it is unusable, or the earlier run was another one; `folder` is then as it was.
     """
     from sfmp import data
-    from sfmp.resume import in_place
+    from sfmp.resume import in_place, work_folder
 
     folder, origin = Path(folder), source_record(source, base_model)
+    check_apart(source, folder)
+    if resume and not overwrite and (folder / "config.json").is_file() and not work_folder(folder).exists():
+        raise SfmpError(f"{folder}: expected unfinished work to resume, found a checkpoint and no such work; if it is "
+                        "what you want nothing is left to do, else choose another folder or pass --overwrite")
     if not (resume and in_place(folder)):
         check_new(folder, overwrite)
     integer("windows", calibration.windows, 1)
@@ -81,6 +86,14 @@ def quantize_to_folder(source: str, folder, spec: QuantSpec, calibration: Calibr
     job = _Request(source, folder, spec, calibration.salience, dtype, device, origin, overwrite, max_shard_size, resume,
                    progress, windows_for)
     return job.run()
+
+
+def check_apart(source, folder) -> None:
+    """Raise SfmpError if writing `folder` would replace a local `source`, or a folder that `source` lies in."""
+    model, folder = Path(source).resolve(), Path(folder).resolve()
+    if model.is_dir() and (folder == model or folder in model.parents):
+        raise SfmpError(f"{folder}: expected a folder apart from {source}, which is read, found one that holds it; "
+                        "choose another")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +202,7 @@ def evaluate_model(source: str, texts: Sequence[str] = ("python:evaluation",), *
     Raises
     ------
     SfmpError
-        Any of it is unusable.
+        Any of it is unusable. Texts, names of tasks and local copies of their rows are looked at before the model.
 
     Notes
     -----
@@ -202,17 +215,20 @@ def evaluate_model(source: str, texts: Sequence[str] = ("python:evaluation",), *
     from sfmp.standard_tasks import STOCK
     from sfmp.standard_tasks import accuracy as standard_accuracy
 
+    integer("seqlen", 2 if seqlen is None else seqlen, 2)
+    integer("windows", 1 if windows is None else windows, 1)
+    _check_tasks(tasks)
     # Rows of a named data set may be lines of one text, and blank lines are part of it.
     documents = {text: data.load_text(text, blank=text.startswith("dataset:")) for text in texts}
     standard = [task for task in tasks if task in STOCK]
     questions = {task: task_items.build(task, integer("items", items, 2)) for task in tasks if task not in standard}
     model, tokenizer = load(source, dtype, device)
-    length = integer("seqlen", seqlen or context_of(model, 2048), 2)
+    length = seqlen or context_of(model, 2048)
     results = []
     for text, found in documents.items():
         cut, _ = data.evaluation_windows(found, tokenizer, length)
         if windows is not None:
-            cut = cut[:: max(1, len(cut) // integer("windows", windows, 1))][:windows]
+            cut = cut[:: max(1, len(cut) // windows)][:windows]
         with _forward_bar(model, -(-len(cut) // 4), f"perplexity of {Path(text).name}", progress):
             value = perplexity(model, cut, length)
         results.append({"dataset": text, "metric": "perplexity", "value": value, "seqlen": length, "windows": len(cut)})
@@ -222,6 +238,19 @@ def evaluate_model(source: str, texts: Sequence[str] = ("python:evaluation",), *
         results += [{"dataset": task, "metric": metric, "value": scores[metric], "stderr": scores[f"{metric}_stderr"],
                      "items": int(scores["n"])} for metric in ("acc", "acc_norm")]
     return results
+
+
+def _check_tasks(tasks):
+    """Raise SfmpError if a task is unknown, or its local copy is not whole, before hours are spent on other scores."""
+    from sfmp.standard_tasks import STOCK, write_definitions
+    from sfmp.tasks import TASKS
+
+    if unknown := [task for task in tasks if task not in TASKS and task not in STOCK]:
+        raise SfmpError(f"task {unknown[0]!r}: expected one of {', '.join([*TASKS, *STOCK])}; choose one")
+    for task in tasks:
+        if task in STOCK:
+            with tempfile.TemporaryDirectory() as folder:  # of no use but to be checked
+                write_definitions(Path(folder), task)
 
 
 def save_results(results: Sequence[dict], path) -> None:

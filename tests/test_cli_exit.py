@@ -50,3 +50,61 @@ def test_a_long_message_stays_one_line(monkeypatch, capsys):
     monkeypatch.setattr(commands, "inspect", fail)
     assert cli.main(["inspect", "x"]) == 2
     assert capsys.readouterr().err == "sfmp inspect: first second\n"
+
+
+def test_bench_ends_like_the_other_commands(monkeypatch, capsys):
+    import sfmp.bench.__main__ as bench
+
+    def fail(arguments):
+        raise SfmpError("no such part")
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "main", fail)
+    assert cli.main(["bench", "cpu"]) == 2 and capsys.readouterr().err == "sfmp bench: no such part\n"
+    monkeypatch.setattr(bench, "main", interrupted)
+    assert cli.main(["bench", "cpu"]) == 130
+
+
+def test_bench_help_lists_its_parts():
+    done = command("bench", "--help")
+    assert done.returncode == 0
+    assert all(f"    {name} " in done.stdout for name in ("cpu", "kernels", "decode", "memory"))
+
+
+def test_tables_that_are_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["pin"]) == 2
+    assert "run this in a checkout" in capsys.readouterr().err
+
+
+def test_a_refused_prompt_is_not_printed(capsys):
+    assert cli.main(["generate", "embedded", "def", "--tokens", "0", "--device", "cpu"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def _no_model(*_):
+    raise AssertionError("the model was loaded before the arguments were checked")
+
+
+def test_eval_looks_at_tasks_and_places_before_the_model(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sfmp.pipeline.load", _no_model)
+    monkeypatch.setenv("SFMP_DATA_ROOT", str(tmp_path / "data"))
+    (tmp_path / "file").write_text("x")
+    for arguments, message in ((["--tasks", "chess"], "next_line, identifier, docstring, arc_challenge"),
+                               (["--tasks", "next_line", "piqa"], "sfmp fetch piqa"),
+                               (["--windows", "0"], "windows"), (["--seqlen", "1"], "seqlen"),
+                               (["--json", str(tmp_path)], "found a folder"),
+                               (["--json", str(tmp_path / "file" / "x.json")], "found a file"),
+                               (["--json", str(tmp_path / "file" / "more" / "x.json")], "choose a place")):
+        assert cli.main(["eval", "embedded", "--items", "2", *arguments]) == 2
+        assert message in capsys.readouterr().err, arguments
+
+
+def test_quantize_says_what_a_finished_run_is(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert cli.main(["quantize", "embedded", str(tmp_path), "--resume"]) == 2
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert cli.main(["quantize", str(tmp_path), str(tmp_path), "--overwrite"]) == 2
+    assert "apart from" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from sfmp.hf import quantized_layers
 from sfmp.inspection import read_checkpoint
 
 # 512 rows a block and 128 columns a group, as published; grouped-query attention, so that shapes differ.
-CONFIG = {"hidden_size": 512, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8,
+CONFIG = {"hidden_size": 512, "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 8,
           "head_dim": 64, "intermediate_size": 1536, "vocab_size": 64, "max_position_embeddings": 64}
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -251,6 +251,39 @@ def test_ambiguous_axes_are_asked_for(tmp_path):
     assert np.array_equal(checkpoint.matrices["a"].block_bits, tensors["block_bitwidth"].numpy())
     with pytest.raises(SfmpError, match="a: .*codes: expected"):  # codes their blocks cannot have
         convert_checkpoint(tmp_path, tmp_path / "other", axes="[N, K/2]")
+
+
+def test_what_is_converted_is_not_replaced(published, tmp_path):
+    folder = tmp_path / "in"
+    shutil.copytree(published[0], folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SfmpError, match="apart from"):
+        convert_checkpoint(folder, folder, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_interrupted_replacement_leaves_the_earlier_checkpoint(published, tmp_path, monkeypatch):
+    import os
+
+    out, rename = tmp_path / "out", os.replace
+    out.mkdir()
+    (out / "config.json").write_text("earlier")
+
+    def fail(old, new):
+        if str(new) == str(out) and str(old).endswith(".new"):
+            raise OSError(28, "No space left on device")
+        rename(old, new)
+
+    monkeypatch.setattr("sfmp.convert.os.replace", fail)
+    with pytest.raises(SfmpError, match="no space left"):
+        convert_checkpoint(published[0], out, overwrite=True)
+    assert (out / "config.json").read_text() == "earlier" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_nothing_can_be_written(published, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SfmpError, match="choose a place"):
+        convert_checkpoint(published[0], tmp_path / "file" / "out")
 
 
 def test_wrong_folders(published, tmp_path):
