@@ -84,8 +84,8 @@ def _quantize(commands):
     one.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
     one.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
     one.add_argument("--resume", action="store_true", help="go on where a killed run of the same command "
-                     "was, or begin if there was none (not with --device spread, and not for the few models that are "
-                     "quantized in memory as a whole, which a warning tells)")
+                     "was, or begin if there was none (not where --device spread holds the whole model, nor for the "
+                     "models of which a warning says that they are quantized in memory as a whole)")
     spec = one.add_argument_group("what to make")
     spec.add_argument("--bpw", type=float, default=3.0, help="bits per weight, scales and offsets included (3.0)")
     spec.add_argument("--levels", type=_levels, default=(2, 3, 4), help="bit-widths of a block, or auto (2,3,4)")
