@@ -31,7 +31,7 @@ def quantize(options) -> None:
 
 def eval(options) -> None:
     """Print one line per score; write them all if a file is named."""
-    from sfmp.pipeline import evaluate_model, save_results
+    from sfmp.scores import evaluate_model, save_results
 
     if options.json:
         _check_writable(options.json)
@@ -99,8 +99,8 @@ def convert(options) -> None:
 
 def push(options) -> None:
     """Upload a checkpoint; print where it is."""
-    from sfmp.pipeline import load_results
     from sfmp.push import push_checkpoint
+    from sfmp.scores import load_results
 
     print(push_checkpoint(options.out, options.repository, results=load_results(options.results),
                           private=options.private or None, revision=options.revision, message=options.message))

@@ -138,6 +138,23 @@ def test_quantize_equals_the_library(stories, tmp_path):
     assert loaded.config.quantization_config.plan_hash == plan.hash
 
 
+def test_a_copy_below_the_models_root_is_named_as_the_model_it_is(stories, tmp_path, monkeypatch):
+    import shutil
+
+    from sfmp.places import MODELS_ROOT
+
+    shutil.copytree(stories, tmp_path / "root" / "someone" / "stories")
+    monkeypatch.setenv(MODELS_ROOT, str(tmp_path / "root"))
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a small cat. " * 200, "utf-8")
+    arguments = ["quantize", "someone/stories", str(tmp_path / "out"), "--method", "rtn", "--salience", "magnitude",
+                 "--calibration", str(text), "--group-size", "32", *QUICK]
+    assert cli.main(arguments) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["source"] == {"model": "someone/stories", "revision": None}
+    assert "\nbase_model: someone/stories\n" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_inspect(made, capsys, tmp_path):
     folder, _ = made
     picture = tmp_path / "bits.png"

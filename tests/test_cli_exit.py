@@ -89,7 +89,7 @@ def _no_model(*_):
 
 
 def test_eval_looks_at_tasks_and_places_before_the_model(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sfmp.pipeline.load", _no_model)
+    monkeypatch.setattr("sfmp.scores.load", _no_model)
     monkeypatch.setenv("SFMP_DATA_ROOT", str(tmp_path / "data"))
     (tmp_path / "file").write_text("x")
     for arguments, message in ((["--tasks", "chess"], "next_line, identifier, docstring, arc_challenge"),
