@@ -32,7 +32,7 @@ def memory(sizes: pd.DataFrame, steps: pd.DataFrame):
     right.barh(y, steps.peak / 1e9, height=0.55, color=_INK[0])
     for place, value in zip(y, steps.peak / 1e9, strict=True):
         right.annotate(f"{value:.2f}", (value, place), (2, 0), textcoords="offset points", va="center", fontsize=6.5,
-                       path_effects=[withStroke(2, foreground="white")])
+                       path_effects=[withStroke(linewidth=2, foreground="white")])
     model, limit = steps.model.iloc[0] / 1e9, steps.limit.iloc[0] / 1e9
     right.axvline(model, color=_INK[1], label="weights of the model")
     right.axvline(limit, color="0.25", linestyle="--", label="allowed: model + 4 GB")

@@ -71,8 +71,9 @@ def test_another_file_is_refused(tmp_path, text):
         tables.read_memory(path)
 
 
-def test_figure_has_every_size_and_step():
+def test_figure_has_every_size_and_step(tmp_path):
     figure = plots_memory.memory(tables.sizes(BENCH), tables.steps(BENCH))
+    figure.savefig(tmp_path / "memory.svg")
     left, right = figure.axes
     assert [text.get_text() for text in left.get_yticklabels()] == ["512×1376×4", "512×1376×16"]
     assert [text.get_text() for text in right.get_yticklabels()] == ["create", "quantize, killed"]
