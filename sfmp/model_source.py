@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
-from sfmp.checks import SfmpError
+from sfmp.checks import SfmpError, integer
 
 
 def load(source: str, dtype: str = "auto", device: str = "auto"):
@@ -98,13 +99,15 @@ def check_unquantized(source: str, config) -> None:
 
 
 def _read(source, load):
-    """Call `load`; what transformers raises for what it cannot find or does not know becomes an SfmpError."""
+    """Call `load`; what transformers raises for what it cannot find, read or does not know becomes an SfmpError."""
+    from safetensors import SafetensorError
+
     _check_folder(source)
     try:
         return load()
     except SfmpError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SfmpError(f"model {source!r}: expected a causal language model with its tokenizer, found: {reason}; "
                         "check the name, the revision, your access and the network") from error
@@ -118,7 +121,7 @@ def chosen_device(name: str):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()  # not on the meta device, which holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise SfmpError(f"device {name!r}: expected cpu, or cuda where there is one, found: "
                         f"{str(error).splitlines()[0]}; choose --device cpu") from error
@@ -128,6 +131,18 @@ def chosen_device(name: str):
 def context_of(model, most: int) -> int:
     """Return `most` tokens, or the length of the model's context if that is shorter."""
     return min(most, getattr(model.config.get_text_config(), "max_position_embeddings", None) or most)
+
+
+def window_length(model, asked: int | None, usual: int) -> int:
+    """Return the tokens of a window: `asked`, by default `usual` or the model's context if that is shorter.
+
+    Raises SfmpError if it is no number of at least 2, or longer than the context: such a model was not trained on that.
+    """
+    length = integer("seqlen", context_of(model, usual) if asked is None else asked, 2)
+    if (context := context_of(model, length)) < length:
+        raise SfmpError(f"seqlen: expected at most the {context} tokens of the model's context, found {length}; ask "
+                        "for shorter windows")
+    return length
 
 
 def source_record(source: str, base_model: str | None = None) -> dict | None:
@@ -149,7 +164,7 @@ def check_new(folder, overwrite: bool = False) -> Path:
     Raises
     ------
     SfmpError
-        It exists and `overwrite` is false, or it is something else than a checkpoint or an empty folder.
+        It exists and `overwrite` is false, or it is something else than a quantized checkpoint or an empty folder.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -157,9 +172,18 @@ def check_new(folder, overwrite: bool = False) -> Path:
     if not overwrite:
         raise SfmpError(f"{folder}: expected no such file or folder, found one; choose another, or pass --overwrite to "
                         "replace a checkpoint")
-    if not folder.is_dir() or any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise SfmpError(f"{folder}: expected a checkpoint to overwrite, found something else; choose another folder")
+    if not folder.is_dir() or any(folder.iterdir()) and not _is_quantized(folder):
+        raise SfmpError(f"{folder}: expected a quantized checkpoint to overwrite, found something else; choose another "
+                        "folder, or remove that one")
     return folder
+
+
+def _is_quantized(folder):
+    """Whether config.json says so; a model that is not may be the only copy of its weights."""
+    try:
+        return "quant_method" in json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _check_folder(source):

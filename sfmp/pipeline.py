@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from sfmp.checks import SfmpError, integer
-from sfmp.model_source import check_new, check_unquantized, chosen_device, context_of, load, skeleton, source_record
+from sfmp.model_source import check_new, check_unquantized, chosen_device, load, skeleton, source_record, window_length
 from sfmp.spec import Plan, QuantSpec
 
 
@@ -32,7 +33,8 @@ class Calibration:
 
 def quantize_to_folder(source: str, folder, spec: QuantSpec, calibration: Calibration, *, dtype: str = "auto",
                        device: str = "auto", base_model: str | None = None, overwrite: bool = False,
-                       max_shard_size: str = "5GB", resume: bool = False, progress: bool = False):
+                       max_shard_size: str = "5GB", resume: bool = False, kept_salience=None,
+                       progress: bool = False):
     """Quantize a model and write the checkpoint with tokenizer and model card, complete or not at all.
 
     One layer is in memory at a time, and what is done is kept in a folder beside `folder` until all is, so that a
@@ -51,6 +53,9 @@ def quantize_to_folder(source: str, folder, spec: QuantSpec, calibration: Calibr
         Largest file, such as ``5GB``.
     resume : bool
         Go on with what an earlier run, called with the same arguments, left.
+    kept_salience : path, optional
+        Folder with the reduced salience of an earlier run on the same model and calibration: used if it is there,
+        written otherwise. Budget, levels, scope and method may differ.
     progress : bool
         Show bars on standard error.
 
@@ -74,14 +79,15 @@ def quantize_to_folder(source: str, folder, spec: QuantSpec, calibration: Calibr
     if not (resume and in_place(folder)):
         check_new(folder, overwrite)
     integer("windows", calibration.windows, 1)
+    _check_size(max_shard_size)
     texts = data.load_text(calibration.text)
 
     def windows_for(model, tokenizer):
-        seqlen = integer("seqlen", calibration.seqlen or context_of(model, 512), 2)
+        seqlen = window_length(model, calibration.seqlen, 512)
         return data.calibration_windows(texts, tokenizer, calibration.windows, seqlen, spec.seed)
 
     job = _Request(source, folder, spec, calibration.salience, dtype, device, origin, overwrite, max_shard_size, resume,
-                   progress, windows_for)
+                   progress, windows_for, kept_salience)
     return job.run()
 
 
@@ -91,6 +97,12 @@ def check_apart(source, folder) -> None:
     if model.is_dir() and (folder == model or folder in model.parents):
         raise SfmpError(f"{folder}: expected a folder apart from {source}, which is read, found one that holds it; "
                         "choose another")
+
+
+def _check_size(text):
+    """Raise SfmpError unless transformers can read it as a size, hours before it does."""
+    if not re.fullmatch(r"0*[1-9]\d*(KB|MB|GB|TB)", str(text).upper()):
+        raise SfmpError(f"max_shard_size: expected a size such as 5GB or 500MB, found {text!r}; correct it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +121,7 @@ class _Request:
     resume: bool
     progress: bool
     windows_for: Callable
+    kept: object = None
 
     def run(self):
         """Stream the model, or say why not and quantize it in memory."""
@@ -128,6 +141,9 @@ class _Request:
         from sfmp.hf import attach, save_checkpoint
         from sfmp.salience import SALIENCE_SOURCES
 
+        if self.kept is not None:
+            raise SfmpError("kept_salience: expected a model that is quantized layer by layer, found one that is not (the "
+                            "warning says why) or device spread; leave --keep-salience out")
         model, tokenizer = load(self.source, self.dtype, self.device)
         check_unquantized(self.source, model.config)
         if self.device == "spread" and any(parameter.is_meta for parameter in model.parameters()):
@@ -150,7 +166,7 @@ class _Request:
     def streamed(self):
         from sfmp.resume import fingerprint, workplace
         from sfmp.stream import NotStreamable, open_stream
-        from sfmp.stream_quantize import STREAMED, assemble, quantize_layers, streamed_plan
+        from sfmp.stream_quantize import STREAMED, assemble, quantize_layers
 
         if self.kind not in STREAMED:
             raise NotStreamable(f"{self.kind} salience is not computed layer by layer")
@@ -164,9 +180,26 @@ class _Request:
                 return Plan.load(work / "plan.safetensors")
             stream = open_stream(self.source, empty, self.dtype, device, self.spec.skip, work / "offloaded")
             stream.check(windows)
-            plan = streamed_plan(stream, self.spec, windows, work, self.kind, self.progress)
+            plan = self.plan(stream, windows, work, identity)
             quantize_layers(stream, plan, windows, work, self.progress)
             assemble(stream, plan, work, tokenizer, origin=self.origin, max_shard_size=self.max_shard_size)
+        return plan
+
+
+    def plan(self, stream, windows, work, identity):
+        """The plan, from the salience that is kept if there is one; keeps it otherwise."""
+        from sfmp.compact_salience import load_problem, merged
+        from sfmp.kept_salience import identity_of_salience, keep, kept_plan
+        from sfmp.stream_quantize import streamed_plan
+
+        if self.kept is None:
+            return streamed_plan(stream, self.spec, windows, work, self.kind, self.progress)
+        of_salience = identity_of_salience(identity, self.spec)
+        plan = kept_plan(self.kept, self.spec, of_salience)
+        if plan is not None:
+            return plan
+        plan = streamed_plan(stream, self.spec, windows, work, self.kind, self.progress)
+        keep(merged(map(load_problem, sorted(work.glob("salience-*.safetensors")))), self.kept, of_salience)
         return plan
 
 

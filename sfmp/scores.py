@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sfmp.checks import SfmpError, integer, write_atomically
-from sfmp.model_source import context_of, load
+from sfmp.model_source import load, window_length
 
 
 def evaluate_model(source: str, texts: Sequence[str] = ("python:evaluation",), *, seqlen: int | None = None,
@@ -62,7 +62,7 @@ def evaluate_model(source: str, texts: Sequence[str] = ("python:evaluation",), *
     standard = [task for task in tasks if task in STOCK]
     questions = {task: task_items.build(task, integer("items", items, 2)) for task in tasks if task not in standard}
     model, tokenizer = load(source, dtype, device)
-    length = seqlen or context_of(model, 2048)
+    length = window_length(model, seqlen, 2048)
     results = []
     for text, found in documents.items():
         cut, _ = data.evaluation_windows(found, tokenizer, length)

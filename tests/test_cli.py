@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,8 +189,6 @@ def test_inspect(made, capsys, tmp_path):
 
 
 def test_inspect_notices_another_plan(made, tmp_path, capsys):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(made[0], folder)
     config = json.loads((folder / "config.json").read_text())
@@ -226,58 +225,3 @@ def test_eval_prints_and_writes_what_the_library_measures(made, capsys, tmp_path
     printed = capsys.readouterr()
     assert f"perplexity  {expected:.4f}" in printed.out and "perplexity of" in printed.err
     assert 0 <= results[1]["value"] <= 1 and results[1]["items"] == 4
-
-
-# ---- output folders, errors, exit codes
-
-
-def test_an_existing_output_is_left_alone(made, tmp_path, capsys):
-    (tmp_path / "notes.txt").write_text("mine")
-    before = (made[0] / "model.safetensors").stat().st_mtime_ns
-    for folder in (tmp_path, made[0]):
-        assert cli.main(["quantize", "embedded", str(folder), *QUICK]) == 2
-        assert "--overwrite" in capsys.readouterr().err
-    assert cli.main(["quantize", "embedded", str(tmp_path), "--overwrite", *QUICK]) == 2
-    assert "something else" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    assert (made[0] / "model.safetensors").stat().st_mtime_ns == before
-
-
-def test_overwrite_replaces_a_checkpoint(stories, tmp_path, capsys):
-    out = tmp_path / "out"
-    arguments = ["quantize", str(stories), str(out), "--method", "rtn", "--salience", "magnitude", "--group-size", "32",
-                 *QUICK]
-    assert cli.main([*arguments, "--bpw", "3"]) == 0
-    assert cli.main([*arguments, "--bpw", "4", "--overwrite"]) == 0
-    assert capsys.readouterr().err == ""  # --quiet
-    assert cli.main(["inspect", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["spec"]["bpw"] == 4.0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-WRONG = {
-    "no such model": (["quantize", "no/such/model", "{out}"], "checkpoint folder"),
-    "a folder without a model": (["eval", "{here}"], "config.json"),
-    "budget out of reach": (["quantize", "embedded", "{out}", "--bpw", "9"], "choose bpw"),
-    "group size": (["quantize", "embedded", "{out}", "--group-size", "100"], "multiple of 32"),
-    "calibration": (["quantize", "embedded", "{out}", "--calibration", "nowhere.txt"], "nowhere.txt"),
-    "no such device": (["eval", "embedded", "--device", "abacus"], "abacus"),
-    "no checkpoint": (["inspect", "{here}"], "quantized by sfmp"),
-    "no such task": (["eval", "embedded", "--tasks", "chess"], "chess"),
-    "no such picture": (["inspect", "{made}", "--picture", "{here}/bits.doc"], "suffix"),
-    "quantized twice": (["quantize", "{made}", "{out}"], "not quantized"),
-    "too long a text": (["generate", "embedded", "x", "--tokens", "9999"], "at most 512"),
-    "no authors' folder": (["convert", "{here}", "{out}"], "config.json"),
-    "base model": (["quantize", "embedded", "{out}", "--base-model", "llama"], "OWNER/NAME"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_bad_input_is_one_line_and_2(case, made, tmp_path, capsys):
-    arguments, message = WRONG[case]
-    places = {"out": tmp_path / "out", "here": tmp_path, "made": made[0]}
-    assert cli.main([argument.format(**places) for argument in arguments]) == 2
-    error = capsys.readouterr().err
-    line = error.strip().splitlines()[-1]
-    assert line.startswith(f"sfmp {arguments[0]}: ") and message in line and "Traceback" not in error
-    assert not (tmp_path / "out").exists() and not list(tmp_path.iterdir())
