@@ -104,6 +104,9 @@ def _quantize(commands):
     data.add_argument("--seqlen", type=int, help="tokens of a window (512, or the model's context if that is shorter)")
     data.add_argument("--salience", choices=("fisher", "activation", "magnitude", "random"), default="fisher",
                       help="what says which weights matter (fisher)")
+    data.add_argument("--keep-salience", metavar="FOLDER",
+                      help="block sums of salience: used if they are there, written otherwise; another budget, other "
+                      "levels, scope or method on the same model and text then measure nothing again")
     _machine(one, "where the GPUs do not hold all of the model, one layer at a time on one device instead")
     one.add_argument("--base-model", metavar="ID[@REVISION]", help="what the model card names; MODEL by default")
     one.add_argument("--max-shard-size", default="5GB", help="largest file of OUT (5GB)")

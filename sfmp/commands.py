@@ -25,7 +25,8 @@ def quantize(options) -> None:
     calibration = Calibration(options.calibration, options.windows, options.seqlen, options.salience)
     quantize_to_folder(options.model, options.out, spec, calibration, dtype=options.dtype, device=options.device,
                        base_model=options.base_model, overwrite=options.overwrite,
-                       max_shard_size=options.max_shard_size, resume=options.resume, progress=not options.quiet)
+                       max_shard_size=options.max_shard_size, resume=options.resume,
+                       kept_salience=options.keep_salience, progress=not options.quiet)
     _print_made(summary(read_checkpoint(options.out)))
 
 

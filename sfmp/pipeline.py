@@ -142,8 +142,8 @@ class _Request:
         from sfmp.salience import SALIENCE_SOURCES
 
         if self.kept is not None:
-            raise SfmpError("kept_salience: expected a model that is quantized layer by layer, found one that is not (the "
-                            "warning says why) or device spread; leave --keep-salience out")
+            raise SfmpError("kept_salience: expected a model that is quantized layer by layer, found one that is not (a"
+                            " warning says why) or device spread; leave --keep-salience out")
         model, tokenizer = load(self.source, self.dtype, self.device)
         check_unquantized(self.source, model.config)
         if self.device == "spread" and any(parameter.is_meta for parameter in model.parameters()):

@@ -33,12 +33,40 @@ def test_generate_is_what_transformers_generates(stories):
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
     expected = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
     assert text.strip() == expected.strip() and "".join(pieces) == text and len(pieces) > 15
+    assert text.startswith(", there was")
     state = torch.random.get_rng_state()
     drawn = [generate(model, tokenizer, "Once", tokens=20, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2] and torch.equal(state, torch.random.get_rng_state())
     assert generate(model, tokenizer, "", tokens=5)
     with pytest.raises(SfmpError, match="temperature"):
         generate(model, tokenizer, "x", temperature=-1.0)
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a", "Once", "One day, a", ""])
+def test_prompt_and_pieces_are_the_decoded_whole(stories, prompt):
+    model, tokenizer = load_model(str(stories))
+    text = generate(model, tokenizer, prompt, tokens=60)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ids = ids if ids.numel() else torch.tensor([[tokenizer.bos_token_id]])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False)
+    assert prompt + text == tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def test_settings_of_the_model_change_nothing_but_its_end(stories, tmp_path, capsys):
+    """Of a quantized model: penalties and beams of its settings are unused, its token of the end ends the text."""
+    out = tmp_path / "out"
+    arguments = ["quantize", str(stories), str(out), "--bpw", "5", "--levels", "4", "--group-size", "32",
+                 "--block-rows", "64", "--method", "rtn", "--salience", "magnitude", "--device", "cpu", "--quiet"]
+    assert cli.main(arguments) == 0
+    model, tokenizer = load_model(str(out))
+    expected = generate(model, tokenizer, "Once upon a", tokens=20)
+    model.generation_config.repetition_penalty, model.generation_config.num_beams = 3.0, 2
+    model.generation_config.no_repeat_ngram_size, model.generation_config.num_return_sequences = 1, 2
+    assert generate(model, tokenizer, "Once upon a", tokens=20) == expected
+    ids = tokenizer("Once upon a" + expected)["input_ids"]
+    model.generation_config.eos_token_id = ids[-9]
+    short = generate(model, tokenizer, "Once upon a", tokens=20)
+    assert expected.startswith(short) and len(short) < len(expected)
 
 
 def test_pieces_wait_for_whole_characters():
