@@ -161,7 +161,7 @@ def _sfmp_card(matrices, config, results):
 
 
 def _plan_summary(matrices):
-    from sfmp.inspection import bits_by_layer_table, bits_frame
+    from sfmp.layer_bits import bits_by_layer_table, bits_frame
 
     table = bits_by_layer_table(bits_frame(matrices))
     cells = (["" if math.isnan(value) else f"{value:.2f}" for value in row] for row in table.to_numpy())

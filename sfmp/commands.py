@@ -67,7 +67,8 @@ def generate(options) -> None:
 
 def inspect(options) -> None:
     """Print the tables of one checkpoint, or JSON; draw the picture if a file is named."""
-    from sfmp.inspection import bits_by_layer_table, bits_frame, read_checkpoint, save_picture, summary
+    from sfmp.inspection import read_checkpoint, summary
+    from sfmp.layer_bits import bits_by_layer_table, bits_frame, save_picture
 
     checkpoint = read_checkpoint(options.out)
     found = summary(checkpoint)
@@ -82,7 +83,7 @@ def inspect(options) -> None:
         print()
         _print_made(found)
     if options.picture:
-        save_picture(checkpoint, options.picture)
+        save_picture(checkpoint.matrices, options.picture)
 
 
 def convert(options) -> None:
