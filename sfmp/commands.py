@@ -13,12 +13,9 @@ from sfmp.checks import SfmpError
 def quantize(options) -> None:
     """Quantize a model into a folder; the last lines say what was made."""
     from sfmp.inspection import read_checkpoint, summary
-    from sfmp.model_source import check_new
     from sfmp.pipeline import Calibration, quantize_to_folder
     from sfmp.spec import QuantSpec
 
-    if not options.resume:
-        check_new(options.out, options.overwrite)
     spec = QuantSpec(bpw=options.bpw, group_size=options.group_size, block_rows=options.block_rows,
                      levels=options.levels, reorder=options.reorder, method=options.method, scope=options.scope,
                      objective=options.objective, skip=tuple(options.skip), seed=options.seed)

@@ -68,8 +68,9 @@ def convert_checkpoint(source, folder, *, codes: str = "qweight", nibbles: str =
     from sfmp.model_source import check_new
     from sfmp.pipeline import check_apart
 
-    source, folder = Path(source), check_new(folder, overwrite)
+    source, folder = Path(source), Path(folder)
     check_apart(source, folder)
+    check_new(folder, overwrite)
     if nibbles not in ("low-first", "high-first"):
         raise SfmpError(f"nibbles: expected low-first or high-first, found {nibbles!r}")
     if axes is not None and axes not in AXES:

@@ -267,7 +267,8 @@ def test_an_interrupted_replacement_leaves_the_earlier_checkpoint(published, tmp
 
     out, rename = tmp_path / "out", os.replace
     out.mkdir()
-    (out / "config.json").write_text("earlier")
+    earlier = '{"quantization_config": {"quant_method": "sfmp"}}'
+    (out / "config.json").write_text(earlier)
 
     def fail(old, new):
         if str(new) == str(out) and str(old).endswith(".new"):
@@ -277,7 +278,7 @@ def test_an_interrupted_replacement_leaves_the_earlier_checkpoint(published, tmp
     monkeypatch.setattr("sfmp.convert.os.replace", fail)
     with pytest.raises(SfmpError, match="no space left"):
         convert_checkpoint(published[0], out, overwrite=True)
-    assert (out / "config.json").read_text() == "earlier" and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "config.json").read_text() == earlier and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_where_nothing_can_be_written(published, tmp_path):
