@@ -31,6 +31,8 @@ from sfmp.packed import PackedMatrix
 PARTS = ("scales", "zeros", "block_bitwidth", "in_reorder", "out_reorder")
 MOST_BITS = 4
 AXES = ("[N, K/2]", "[N/2, K]", "[K, N/2]", "[K/2, N]")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _WORDS = {torch.uint8: 1, torch.int8: 1, torch.int16: 2, torch.int32: 4}
 
 
@@ -85,8 +87,8 @@ def packed_matrix(name: str, tensors: Mapping[str, torch.Tensor], layout: CodeLa
     Returns
     -------
     PackedMatrix
-        ``unpack()`` gives codes, scales and zeros back; a weight differs from (code − zero)·scale by the rounding of
-        beta to float16 only.
+        ``unpack()`` gives codes and zeros back, and scales where they are float16 of at least 2^-13 (we store scale/2);
+        a weight then differs from (code − zero)·scale by the rounding of beta to float16 only.
 
     Raises
     ------
@@ -99,8 +101,11 @@ def packed_matrix(name: str, tensors: Mapping[str, torch.Tensor], layout: CodeLa
     Source: METHOD.md 1.5, 1.9.
     """
     for key in PARTS:
-        axes = 1 if key.endswith("reorder") else 2
+        axes, dtype = 1 if key.endswith("reorder") else 2, tensors[key].dtype
         _check(f"{name}.{key}", tensors[key].ndim == axes, f"{axes} axes", f"shape {list(tensors[key].shape)}")
+        whole = key != "scales" and dtype in _INTEGERS
+        fitting = whole or key in ("scales", "zeros") and dtype in _FLOATS
+        _check(f"{name}.{key}", fitting, "floating numbers" if key in ("scales", "zeros") else "integers", dtype)
     rows, columns = len(tensors["out_reorder"]), len(tensors["in_reorder"])
     bits = tensors["block_bitwidth"].numpy().astype(np.int64)
     groups, row_blocks = bits.shape

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from sfmp.checks import SfmpError, write_atomically
 
+_HERE = "this folder"
 _SFMP = "search-free fine-grained mixed precision (arXiv 2602.01027)"
 _BITSTACK = "BitStack: levels of sign bits times a product of low rank (arXiv 2410.23918)"
-_LOAD = ["```python", "import sfmp", "from transformers import AutoModelForCausalLM", "",
-         'model = AutoModelForCausalLM.from_pretrained("this folder")', "```", ""]
 
 
 def model_card(model, results: Sequence[Mapping] = ()) -> str:
@@ -43,23 +42,26 @@ def model_card(model, results: Sequence[Mapping] = ()) -> str:
     raise SfmpError("model: expected one quantized by sfmp, found no SFMPConfig; call quantize_model first")
 
 
-def folder_card(folder, results: Sequence[Mapping] = ()) -> str:
+def folder_card(folder, results: Sequence[Mapping] = (), repository: str | None = None) -> str:
     """Return the card of a saved checkpoint, read from its small tensors; the model is not loaded.
+
+    `repository` is what to load it from, as the card shows; "this folder" by default.
 
     Raises SfmpError if the folder is no checkpoint of sfmp, or a result is malformed.
     """
     from sfmp.inspection import read_checkpoint
 
     checkpoint = read_checkpoint(folder)
-    return _sfmp_card(checkpoint.matrices, checkpoint.config, results)
+    card = _sfmp_card(checkpoint.matrices, checkpoint.config, results)
+    return card if repository is None else card.replace(_load(_HERE), _load(repository))
 
 
-def save_model_card(model, folder, results: Sequence[Mapping] = ()) -> Path:
+def save_model_card(model, folder, results: Sequence[Mapping] = (), repository: str | None = None) -> Path:
     """Write the card as README.md into the checkpoint folder, atomically; return its path.
 
-    `model` None stands for the checkpoint in the folder, which is then not loaded.
+    `model` None stands for the checkpoint in the folder, which is then not loaded, and may be in a `repository`.
     """
-    text = folder_card(folder, results) if model is None else model_card(model, results)
+    text = folder_card(folder, results, repository) if model is None else model_card(model, results)
     path = Path(folder) / "README.md"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
@@ -109,12 +111,17 @@ def _card(method, tags, how, source, weights, tables, results):
         *front, "", f"# {title}", "",
         f"{len(weights)} matrices with {sum(weights)} weights of {name or 'an unnamed model'}"
         f"{f' (revision {revision})' if revision else ''}, quantized by {how}.", "",
-        *_results_table(results), *tables, "", *_LOAD])
+        *_results_table(results), *tables, "",
+        "```python", "import sfmp", "from transformers import AutoModelForCausalLM", "", _load(_HERE), "```", ""])
+
+
+def _load(where):
+    return f'model = AutoModelForCausalLM.from_pretrained("{where}")'
 
 
 def _dataset(name):
     """What a reader elsewhere can make sense of: of a local file only its last component."""
-    return name if name.startswith(("python:", "hub:")) else Path(name).name
+    return name if name.startswith(("python:", "hub:", "dataset:")) else Path(name).name
 
 
 def _index(title, results):
@@ -124,10 +131,15 @@ def _index(title, results):
     import yaml
 
     rows = [{"task": {"type": "text-generation"},
-             "dataset": {"name": row["dataset"], "type": row["dataset"].removeprefix("hub:").split(":")[0]},
+             "dataset": {"name": row["dataset"], "type": _type(row["dataset"])},
              "metrics": [{"type": row["metric"], "value": float(row["value"])}]} for row in results]
     entry = {"model-index": [{"name": title, "results": rows}]}
     return yaml.safe_dump(entry, sort_keys=False, allow_unicode=True).splitlines()
+
+
+def _type(dataset):
+    """Identifier of a data set: of the Hub's its name there."""
+    return dataset.removeprefix("hub:").removeprefix("dataset:").split(":")[0]
 
 
 def _results_table(results):
@@ -161,7 +173,7 @@ def _sfmp_card(matrices, config, results):
 
 
 def _plan_summary(matrices):
-    from sfmp.inspection import bits_by_layer_table, bits_frame
+    from sfmp.layer_bits import bits_by_layer_table, bits_frame
 
     table = bits_by_layer_table(bits_frame(matrices))
     cells = (["" if math.isnan(value) else f"{value:.2f}" for value in row] for row in table.to_numpy())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 
 EXAMPLES = """examples:
   sfmp quantize embedded out/embedded-3bpw --bpw 3 --block-rows 64
@@ -37,6 +38,7 @@ def main(arguments=None) -> int:
     command = "bench" if own_parser else options.command
     from sfmp.checks import SfmpError
 
+    formatted, warnings.formatwarning = warnings.formatwarning, _line
     try:
         if own_parser:
             from sfmp.bench.__main__ import main as bench
@@ -54,7 +56,16 @@ def main(arguments=None) -> int:
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        warnings.formatwarning = formatted
     return 0
+
+
+def _line(message, category, filename, lineno, line=None, whole=warnings.formatwarning):
+    """What a warning says, as one line; where in the code it was raised only if it is meant for programmers."""
+    if category is UserWarning:
+        return f"sfmp: {' '.join(str(message).split())}\n"
+    return whole(message, category, filename, lineno, line)
 
 
 def parser() -> argparse.ArgumentParser:

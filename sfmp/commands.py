@@ -13,12 +13,9 @@ from sfmp.checks import SfmpError
 def quantize(options) -> None:
     """Quantize a model into a folder; the last lines say what was made."""
     from sfmp.inspection import read_checkpoint, summary
-    from sfmp.model_source import check_new
     from sfmp.pipeline import Calibration, quantize_to_folder
     from sfmp.spec import QuantSpec
 
-    if not options.resume:
-        check_new(options.out, options.overwrite)
     spec = QuantSpec(bpw=options.bpw, group_size=options.group_size, block_rows=options.block_rows,
                      levels=options.levels, reorder=options.reorder, method=options.method, scope=options.scope,
                      objective=options.objective, skip=tuple(options.skip), seed=options.seed)
@@ -67,7 +64,8 @@ def generate(options) -> None:
 
 def inspect(options) -> None:
     """Print the tables of one checkpoint, or JSON; draw the picture if a file is named."""
-    from sfmp.inspection import bits_by_layer_table, bits_frame, read_checkpoint, save_picture, summary
+    from sfmp.inspection import read_checkpoint, summary
+    from sfmp.layer_bits import bits_by_layer_table, bits_frame, save_picture
 
     checkpoint = read_checkpoint(options.out)
     found = summary(checkpoint)
@@ -82,7 +80,7 @@ def inspect(options) -> None:
         print()
         _print_made(found)
     if options.picture:
-        save_picture(checkpoint, options.picture)
+        save_picture(checkpoint.matrices, options.picture)
 
 
 def convert(options) -> None:

@@ -9,7 +9,9 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,8 @@ import torch
 from sfmp.authors_format import AXES, PARTS, CodeLayout, code_axes, is_quantized, packed_matrix
 from sfmp.checkpoint import FORMAT_VERSION, describe, read_headers
 from sfmp.checks import SfmpError
+from sfmp.push import COMPANIONS
 from sfmp.spec import MatrixPlan, Plan, QuantSpec
-
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
 def convert_checkpoint(source, folder, *, codes: str = "qweight", nibbles: str = "low-first", axes: str | None = None,
@@ -59,17 +60,20 @@ def convert_checkpoint(source, folder, *, codes: str = "qweight", nibbles: str =
 
     Notes
     -----
-    Codes, scales, zeros and permutations are kept exactly; beta is rounded to float16 as our format does. The
-    specification in config.json is what the bit maps show (levels, bits per weight, block shape); objective, salience
-    and seed of the authors' run are not in their checkpoint. Source: METHOD.md 1.5, 1.9; DESIGN.md section 4.
+    Codes, zeros and permutations are kept exactly, and so are float16 scales (of at least 2^-13: we store scale/2);
+    beta is rounded to float16 as our format does. The specification in config.json is what the bit maps show (levels,
+    bits per weight, block shape); objective, salience and seed of the authors' run are not in their checkpoint. Tensors
+    of a quantized module that the format does not have are left out, with a warning. Source: METHOD.md 1.5, 1.9;
+    DESIGN.md section 4.
     """
     from sfmp.card import save_model_card
     from sfmp.disk import writing_to
     from sfmp.model_source import check_new
     from sfmp.pipeline import check_apart
 
-    source, folder = Path(source), check_new(folder, overwrite)
+    source, folder = Path(source), Path(folder)
     check_apart(source, folder)
+    check_new(folder, overwrite)
     if nibbles not in ("low-first", "high-first"):
         raise SfmpError(f"nibbles: expected low-first or high-first, found {nibbles!r}")
     if axes is not None and axes not in AXES:
@@ -174,10 +178,16 @@ def _write_tensors(new, where, modules, layout, most, progress):
         entries[name] = describe(packed)
         matrices[name] = MatrixPlan(packed.row_perm.numpy().astype(np.int64), packed.col_perm.numpy().astype(np.int64),
                                     packed.block_bits.numpy().T)
-    taken = {f"{name}.{part}" for name in modules for part in parts}
+    quantized, unknown = set(modules), set()
     for name in where:
-        if name not in taken:
+        module, _, part = name.rpartition(".")
+        if module not in quantized:
             shards.add({name: _read(where, name)})
+        elif part not in parts:
+            unknown.add(part)
+    if unknown:
+        warnings.warn(f"{', '.join(sorted(unknown))}: tensors of quantized modules that are not known to belong to the "
+                      "format were left out", stacklevel=3)
     shards.finish()
     return entries, _plan(matrices, *shapes.pop())
 
@@ -242,10 +252,9 @@ def _read(where, name) -> torch.Tensor:
 
 
 def _copy_other_files(source, new):
-    """Tokenizer and generation settings; no weights, no card, nothing that is already there."""
+    """Tokenizer, generation settings, licence; no weights, no card, no program."""
     for path in sorted(source.iterdir()):
-        known = path.name.endswith(_WEIGHT_FILES) or path.name.startswith(".") or path.suffix in (".md", ".py")
-        if path.is_file() and not known and not (new / path.name).exists():
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in COMPANIONS):
             shutil.copyfile(path, new / path.name)
 
 

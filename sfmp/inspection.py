@@ -1,4 +1,4 @@
-"""What a saved checkpoint is made of, read from its files: bits by layer and projection, bytes, plan hash.
+"""What a saved checkpoint is made of, read from its files: bit maps, permutations, bytes, plan hash.
 
 Nothing here needs torch: bit maps and permutations are small, planes are never read.
 """
@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from sfmp.checks import SfmpError
+from sfmp.checks import SfmpError, check_permutation, integer
 from sfmp.grid import BlockGrid
 
 _SMALL = ("block_bits", "row_perm", "col_perm")
+_PARTS = ("planes", "alpha", "beta", *_SMALL)
+_AGAIN = "download or quantize it again"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,8 +92,8 @@ def read_checkpoint(folder) -> StoredCheckpoint:
     Raises
     ------
     SfmpError
-        The folder or its config.json is missing, it was not quantized by sfmp, or a tensor is missing or has
-        another size than config.json says.
+        The folder or its config.json is missing, it was not quantized by sfmp, a file is damaged, or a tensor is
+        missing, stored twice, of another size than config.json and the bit map say, or no such map or permutation.
 
     Notes
     -----
@@ -102,26 +103,39 @@ def read_checkpoint(folder) -> StoredCheckpoint:
 
     folder = Path(folder)
     config = _quantization_config(folder)
+    small = _small_tensors(folder, config["modules"])
     sizes = tensor_sizes(folder).set_index("tensor")
-    small = _small_tensors(folder, sizes, config["modules"])
-    parts = ("planes", "alpha", "beta", *_SMALL)
     matrices = {}
     for name, entry in config["modules"].items():
         grid = BlockGrid(*entry["shape"], entry["block_rows"], entry["group_size"])
-        expected = {"block_bits": (grid.groups, grid.row_blocks), "row_perm": (grid.out_features,),
-                    "col_perm": (grid.in_features,)}
-        for part in parts:
-            if f"{name}.{part}" not in sizes.index:
-                raise SfmpError(f"{folder}: expected the tensor {name}.{part} as config.json says, found none; "
-                                "download or quantize it again")
-            shape = sizes["shape"][f"{name}.{part}"]
-            if part in expected and shape != expected[part]:
-                raise SfmpError(f"{folder}: {name}.{part}: expected shape {expected[part]} as config.json says, found "
-                                f"{shape}; download or quantize it again")
-        nbytes = int(sum(sizes["bytes"][f"{name}.{part}"] for part in parts))
+        _check_shapes(folder, name, grid, sizes["shape"], small)
+        nbytes = int(sum(sizes["bytes"][f"{name}.{part}"] for part in _PARTS))
         matrices[name] = StoredMatrix(tuple(entry["shape"]), entry["group_size"], entry["block_rows"],
                                       *(small[f"{name}.{part}"] for part in _SMALL), nbytes)
     return StoredCheckpoint(folder, config, matrices, int(sizes["bytes"].sum()))
+
+
+def _check_shapes(folder, name, grid, shapes, small):
+    """Raise SfmpError unless a matrix has its tensors, each as large as config.json and the bit map say."""
+    expected = {"block_bits": (grid.groups, grid.row_blocks), "row_perm": (grid.out_features,),
+                "col_perm": (grid.in_features,), "alpha": (grid.groups, grid.out_features),
+                "beta": (grid.groups, grid.out_features)}
+    for part in _PARTS:
+        if f"{name}.{part}" not in shapes.index:
+            raise SfmpError(f"{folder}: expected the tensor {name}.{part} as config.json says, found none; {_AGAIN}")
+        shape = shapes[f"{name}.{part}"]
+        if part in expected and shape != expected[part]:
+            raise SfmpError(f"{folder}: {name}.{part}: expected shape {expected[part]} as config.json says, found "
+                            f"{shape}; {_AGAIN}")
+    bits = small[f"{name}.block_bits"].astype(np.int64)
+    if bits.min() < 1 or bits.max() > 8:
+        raise SfmpError(f"{folder}: {name}.block_bits: expected 1..8, found {bits.min()}..{bits.max()}; {_AGAIN}")
+    words = int(bits.sum()) * grid.group_size // 32 * grid.block_rows
+    if shapes[f"{name}.planes"] != (words,):
+        raise SfmpError(f"{folder}: {name}.planes: expected {words} words as block_bits says, found "
+                        f"{shapes[f'{name}.planes']}; {_AGAIN}")
+    for part in ("row_perm", "col_perm"):
+        check_permutation(f"{folder}: {name}.{part}", small[f"{name}.{part}"])
 
 
 def _quantization_config(folder: Path) -> dict:
@@ -135,77 +149,45 @@ def _quantization_config(folder: Path) -> dict:
         raise SfmpError(f"{folder}: expected a checkpoint quantized by sfmp (config.json with quant_method sfmp), "
                         f"found {'another model' if path.is_file() else 'no config.json'}; give a folder that "
                         "`sfmp quantize` wrote")
-    needed = {"shape", "group_size", "block_rows"}
+    for key, kind in (("spec", dict), ("plan_hash", str), ("source", dict)):
+        if not isinstance(config.get(key), kind):
+            raise SfmpError(f"{path}: expected quantization_config.{key} ({kind.__name__}), found {config.get(key)!r}; "
+                            f"{_AGAIN}")
     for name, entry in config["modules"].items():
+        needed = {"shape", "group_size", "block_rows"}
         if not isinstance(entry, dict) or not needed <= set(entry):
-            raise SfmpError(f"{path}: expected {', '.join(sorted(needed))} of {name}, found {entry!r}; download or "
-                            "quantize it again")
+            raise SfmpError(f"{path}: expected {', '.join(sorted(needed))} of {name}, found {entry!r}; {_AGAIN}")
+        shape, group_size = entry["shape"], entry["group_size"]
+        if not isinstance(shape, list) or len(shape) != 2:
+            raise SfmpError(f"{path}: {name}.shape: expected [rows, columns], found {shape!r}; {_AGAIN}")
+        for key, value in (("shape", shape[0]), ("shape", shape[1]), ("block_rows", entry["block_rows"]),
+                           ("group_size", group_size)):
+            integer(f"{path}: {name}.{key}", value, 1)
+        if group_size % 32:
+            raise SfmpError(f"{path}: {name}.group_size: expected a multiple of 32, found {group_size}; {_AGAIN}")
     return config
 
 
-def _small_tensors(folder, sizes, modules) -> dict[str, np.ndarray]:
-    """Bit maps and permutations by tensor name."""
+def _small_tensors(folder, modules) -> dict[str, np.ndarray]:
+    """Bit maps and permutations by tensor name, from files that are whole and hold each tensor once."""
     from safetensors import SafetensorError, safe_open
 
-    found = {}
-    for file, rows in sizes.groupby("file"):
-        parts = {name: name.rpartition(".") for name in rows.index}
-        wanted = [name for name, (module, _, part) in parts.items() if module in modules and part in _SMALL]
+    found, places = {}, {}
+    for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(folder / file, framework="np") as opened:
-                found |= {name: opened.get_tensor(name) for name in wanted}
-        except SafetensorError as error:
-            raise SfmpError(f"{folder / file}: expected a complete safetensors file, found a damaged one ({error}); "
-                            "download or quantize it again") from error
+            with safe_open(path, framework="np") as opened:
+                for name in opened.keys():
+                    if name in places:
+                        raise SfmpError(f"{folder}: expected each tensor once, found {name} in {places[name]} and "
+                                        f"{path.name}; remove the file that does not belong")
+                    places[name] = path.name
+                    module, _, part = name.rpartition(".")
+                    if module in modules and part in _SMALL:
+                        found[name] = opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise SfmpError(f"{path}: expected a complete safetensors file, found a damaged one ({error}); "
+                            f"{_AGAIN}") from error
     return found
-
-
-def bits_frame(matrices: Mapping):
-    """Mean code bits of every matrix.
-
-    Parameters
-    ----------
-    matrices : mapping of name to StoredMatrix or PackedMatrix
-
-    Returns
-    -------
-    pandas.DataFrame
-        `name, layer` (first number in the name, or –), `projection` (last component without ``_proj``), `weights`,
-        `bits`; in reading order, as `sfmp.plots_pipeline.bits_by_layer` draws it.
-    """
-    import pandas as pd
-
-    rows = []
-    for name in sorted(matrices, key=lambda n: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", n)]):
-        layer = next((part for part in name.split(".") if part.isdigit()), "–")
-        rows.append((name, layer, name.rsplit(".", 1)[-1].removesuffix("_proj"),
-                     matrices[name].shape[0] * matrices[name].shape[1], matrices[name].wbits))
-    return pd.DataFrame(rows, columns=["name", "layer", "projection", "weights", "bits"])
-
-
-def bits_by_layer_table(frame):
-    """Mean code bits, one row per layer and one column per projection, with an ``all`` of each.
-
-    Parameters
-    ----------
-    frame : pandas.DataFrame
-        `bits_frame`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Means are weighted by real weights; NaN where a layer has no such projection.
-    """
-    import pandas as pd
-
-    everything = [frame, frame.assign(projection="all"), frame.assign(layer="all"),
-                  frame.assign(layer="all", projection="all")]
-    long = pd.concat(everything, ignore_index=True)
-    long["total"] = long.bits * long.weights
-    sums = long.groupby(["layer", "projection"], sort=False)[["total", "weights"]].sum()
-    table = (sums.total / sums.weights).unstack()
-    layers, projections = ([*dict.fromkeys(frame[key]), "all"] for key in ("layer", "projection"))
-    return table.loc[layers, projections]
 
 
 def byte_table(checkpoint: StoredCheckpoint):
@@ -226,6 +208,8 @@ def byte_table(checkpoint: StoredCheckpoint):
 
 def summary(checkpoint: StoredCheckpoint) -> dict:
     """Everything `sfmp inspect` prints, as JSON types."""
+    from sfmp.layer_bits import bits_frame
+
     matrices = checkpoint.matrices.values()
     weights = [m.shape[0] * m.shape[1] for m in matrices]
     total = sum(weights)
@@ -238,20 +222,3 @@ def summary(checkpoint: StoredCheckpoint) -> dict:
             "bytes": {key: int(value) for key, value in byte_table(checkpoint).items()},
             "plan_hash": recorded, "plan_hash_confirmed": None if recomputed is None else recomputed == recorded,
             "bits": bits_frame(checkpoint.matrices).to_dict("records")}
-
-
-def save_picture(checkpoint: StoredCheckpoint, path) -> None:
-    """Draw mean bits by layer and projection into an image file (its suffix names the format), atomically."""
-    from matplotlib import pyplot as plt
-
-    from sfmp.checks import write_atomically
-    from sfmp.plots_pipeline import bits_by_layer
-
-    kind = Path(path).suffix.removeprefix(".").lower()
-    figure = bits_by_layer(bits_frame(checkpoint.matrices))
-    try:
-        if kind not in figure.canvas.get_supported_filetypes():
-            raise SfmpError(f"{path}: expected a picture such as FILE.png, .pdf or .svg, found suffix {kind!r}")
-        write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=200, bbox_inches="tight"))
-    finally:
-        plt.close(figure)

@@ -117,7 +117,11 @@ def dataset(name: str) -> dict[str, str]:
     path = base_directory() / "config" / "datasets.tsv"
     rows = read_table(path) if path.is_file() else []
     if not rows or "dataset" not in rows[0]:  # none here, or that of another project
-        rows = read_table(ROOT / "config" / "datasets.tsv")
+        path = ROOT / "config" / "datasets.tsv"
+        if not path.is_file():
+            raise SfmpError(f"data set {name!r}: expected config/datasets.tsv in the working directory, found none; an "
+                            "installed package does not carry it: run this in a clone of the repository")
+        rows = read_table(path)
     for row in rows:
         if row["dataset"] == name:
             return row

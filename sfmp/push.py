@@ -6,11 +6,21 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 
 from sfmp.checks import SfmpError
 
+COMPANIONS = (  # what goes with weights, by file name
+    "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.spm", "*.tiktoken", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*",
+    "USE_POLICY*")
+_WEIGHTS = ("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_CARD = ("README.md", "*.png", "*.svg", "*.jpg")  # with the pictures it may show
 _EARLIER = ("model*.safetensors", "model.safetensors.index.json")  # else a loader may prefer those of an older upload
 
 
@@ -19,17 +29,18 @@ def push_checkpoint(folder, repository: str, *, results: Sequence[Mapping] = (),
                     token: str | None = None, endpoint: str | None = None) -> str:
     """Upload a checkpoint in one commit; nothing is uploaded unless this is called.
 
-    Weight files (``model*.safetensors`` and their index) of an earlier upload that this one does not replace are
-    removed in the same commit. Hidden files and ``*.tmp`` stay here.
+    Uploaded are weights, configuration, tokenizer, licence, card and pictures, by name; a warning names the files that
+    stay here, and folders do. Weight files (``model*.safetensors`` and their index) of an earlier upload that this one
+    does not replace are removed in the same commit.
 
     Parameters
     ----------
     folder : path of a checkpoint that `sfmp.hf.save_checkpoint` wrote
-        Its card is written anew, with the results if any are given.
+        Its card is written anew: with the name of the repository, and the results if any are given.
     repository : str
         ``owner/name``; made if it does not exist.
     results : sequence of mappings, optional
-        See `sfmp.card.checked_results`. Without any, a card that is there stays as it is.
+        See `sfmp.card.checked_results`. Without any, a card that somebody wrote or that has results stays as it is.
     private : bool, optional
         Of a new repository; the account's default if None.
     revision : str, optional
@@ -52,24 +63,34 @@ def push_checkpoint(folder, repository: str, *, results: Sequence[Mapping] = (),
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 
-    from sfmp.card import save_model_card
+    from sfmp.card import folder_card, save_model_card
     from sfmp.inspection import read_checkpoint
 
     folder = Path(folder)
     read_checkpoint(folder)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise SfmpError(f"repository {repository!r}: expected OWNER/NAME, as on the Hub; correct it")
-    if results or not (folder / "README.md").is_file():
-        save_model_card(None, folder, results)
+    card = folder / "README.md"
+    if results or not card.is_file() or _but_place(card.read_text("utf-8")) == _but_place(folder_card(folder)):
+        save_model_card(None, folder, results, repository)
+    taken = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
+             and any(fnmatch(path.name, pattern) for pattern in (*_WEIGHTS, *COMPANIONS, *_CARD))]
+    if left := sorted(path.name for path in folder.iterdir() if path.name not in taken):
+        warnings.warn(f"{folder}: not uploaded, because no part of a checkpoint: {', '.join(left)}", stacklevel=2)
     api = HfApi(endpoint=endpoint, token=token, library_name="sfmp")
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, revision=revision,
-                                   ignore_patterns=[".*", "*/.*", "*.tmp"], delete_patterns=list(_EARLIER))
+                                   allow_patterns=[escape(name) for name in taken], delete_patterns=list(_EARLIER))
     except (HTTPError, ConnectionError, LocalTokenNotFoundError, ValueError) as error:  # ValueError: an invalid card
         reason = " ".join(str(error).split())
         raise SfmpError(f"{repository}: expected the Hub to take the upload, found: {reason}; log in with `hf auth "
                         "login`, and check the name, your rights, the card and the network") from error
     return commit.commit_url
+
+
+def _but_place(card):
+    """A card without what it loads the model from: this folder, or a repository that it was pushed to."""
+    return re.sub(r'from_pretrained\("[^"]*"\)', "", card)

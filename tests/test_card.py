@@ -46,6 +46,14 @@ def test_the_hub_reads_base_model_relation_and_results(model):
     assert found["hub:Salesforce/wikitext:wikitext-2-raw-v1:test", "perplexity"].dataset_type == "Salesforce/wikitext"
 
 
+@pytest.mark.parametrize("dataset, kind", [("dataset:wikitext2", "wikitext2"), ("hub:a/b:test@main#x.txt", "a/b"),
+                                           ("python:evaluation", "python"), ("piqa", "piqa")])
+def test_type_of_a_data_set(model, dataset, kind):
+    row = {"dataset": dataset, "metric": "perplexity", "value": 2.0}
+    (found,) = ModelCard(model_card(model, [row])).data.eval_results
+    assert (found.dataset_name, found.dataset_type) == (dataset, kind)
+
+
 def test_results_table(model):
     card = model_card(model, RESULTS)
     assert rows(card, "| dataset ") == [

@@ -103,8 +103,33 @@ def test_eval_looks_at_tasks_and_places_before_the_model(monkeypatch, capsys, tm
 
 
 def test_quantize_says_what_a_finished_run_is(capsys, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "sfmp"}}')
     assert cli.main(["quantize", "embedded", str(tmp_path), "--resume"]) == 2
     assert "nothing is left to do" in capsys.readouterr().err
     assert cli.main(["quantize", str(tmp_path), str(tmp_path), "--overwrite"]) == 2
     assert "apart from" in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    import warnings
+
+    from sfmp import commands
+
+    def warn(options):
+        print(warnings.formatwarning(UserWarning("first\nsecond"), UserWarning, "file.py", 3), end="")
+        print(warnings.formatwarning("old", DeprecationWarning, "file.py", 3, ""), end="")
+
+    before = warnings.formatwarning
+    monkeypatch.setattr(commands, "inspect", warn)
+    assert cli.main(["inspect", "x"]) == 0
+    assert capsys.readouterr().out == "sfmp: first second\nfile.py:3: DeprecationWarning: old\n"
+    assert warnings.formatwarning is before
+
+
+def test_a_package_without_its_tables_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sfmp.places.ROOT", tmp_path)
+    for arguments in (["eval", "embedded", "--text", "dataset:c4"], ["fetch", "c4", "--data-root", "data"]):
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "config/datasets.tsv in the working directory" in error and "clone" in error

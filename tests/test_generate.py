@@ -52,21 +52,29 @@ def test_prompt_and_pieces_are_the_decoded_whole(stories, prompt):
     assert prompt + text == tokenizer.decode(out[0], skip_special_tokens=True)
 
 
-def test_settings_of_the_model_change_nothing_but_its_end(stories, tmp_path, capsys):
-    """Of a quantized model: penalties and beams of its settings are unused, its token of the end ends the text."""
-    out = tmp_path / "out"
-    arguments = ["quantize", str(stories), str(out), "--bpw", "5", "--levels", "4", "--group-size", "32",
-                 "--block-rows", "64", "--method", "rtn", "--salience", "magnitude", "--device", "cpu", "--quiet"]
-    assert cli.main(arguments) == 0
-    model, tokenizer = load_model(str(out))
+def test_settings_of_the_model_change_nothing_but_its_end(stories):
+    model, tokenizer = load_model(str(stories))
     expected = generate(model, tokenizer, "Once upon a", tokens=20)
     model.generation_config.repetition_penalty, model.generation_config.num_beams = 3.0, 2
     model.generation_config.no_repeat_ngram_size, model.generation_config.num_return_sequences = 1, 2
     assert generate(model, tokenizer, "Once upon a", tokens=20) == expected
-    ids = tokenizer("Once upon a" + expected)["input_ids"]
-    model.generation_config.eos_token_id = ids[-9]
+    model.generation_config.eos_token_id = tokenizer("Once upon a" + expected)["input_ids"][-9]
     short = generate(model, tokenizer, "Once upon a", tokens=20)
     assert expected.startswith(short) and len(short) < len(expected)
+
+
+@pytest.mark.slow
+def test_a_quantized_model_generates(stories, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    arguments = ["quantize", str(stories), out, "--bpw", "5", "--levels", "4", "--group-size", "32",
+                 "--block-rows", "64", "--method", "rtn", "--salience", "magnitude", "--device", "cpu", "--quiet"]
+    assert cli.main(arguments) == 0
+    capsys.readouterr()
+    assert cli.main(["generate", out, "Once upon a", "--tokens", "20", "--device", "cpu"]) == 0
+    model, tokenizer = load_model(out)
+    ids = tokenizer("Once upon a", return_tensors="pt")["input_ids"]
+    expected = tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0], skip_special_tokens=True)
+    assert capsys.readouterr().out == expected + "\n"
 
 
 def test_pieces_wait_for_whole_characters():

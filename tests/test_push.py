@@ -72,14 +72,37 @@ def test_the_card_arrives_with_the_results(hub, folder):
 
 def test_weights_of_an_earlier_upload_do_not_stay(hub, folder, tiny_llama, tmp_path):
     one = hf.save_checkpoint(tiny_llama, tmp_path / "one")  # one file, where the other has many and an index
-    (one / "notes.txt").write_text("kept")
     push(hub, one)
+    hub.files["me/tiny-sfmp", "main"]["notes.txt"] = b"kept"
     assert "model.safetensors" in hub.files["me/tiny-sfmp", "main"]
     push(hub, folder)
     local = {path.name for path in folder.iterdir()}
     assert "model.safetensors" not in local and set(hub.files["me/tiny-sfmp", "main"]) == local | {"notes.txt"}
     push(hub, one)
-    assert set(hub.files["me/tiny-sfmp", "main"]) == {path.name for path in one.iterdir()}
+    assert set(hub.files["me/tiny-sfmp", "main"]) == {path.name for path in one.iterdir()} | {"notes.txt"}
+
+
+def test_what_is_no_part_of_a_checkpoint_stays_here(hub, folder):
+    expected = {path.name for path in folder.iterdir()} | {"tokenizer.json", "LICENSE.txt", "bits [3].png"}
+    for name in ("tokenizer.json", "LICENSE.txt", "bits [3].png", "notes.txt", "pytorch_model.bin", "results.json",
+                 "optimizer.pt", "salience.safetensors.part"):
+        (folder / name).write_text("{}")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "config.json").write_text("{}")
+    with pytest.warns(UserWarning, match="notes.txt, optimizer.pt, pytorch_model.bin, results.json, runs, salience"):
+        push(hub, folder)
+    assert set(hub.files["me/tiny-sfmp", "main"]) == expected
+
+
+def test_the_card_loads_from_the_repository(hub, folder):
+    assert 'from_pretrained("this folder")' in (folder / "README.md").read_text()
+    for name in ("me/first", "me/tiny-sfmp"):
+        push_checkpoint(folder, name, token=TOKEN, endpoint=hub.url)
+        assert f'from_pretrained("{name}")' in hub.files[name, "main"]["README.md"].decode()
+    push(hub, folder, results=RESULTS)
+    card = hub.files["me/tiny-sfmp", "main"]["README.md"]
+    push(hub, folder)
+    assert b'from_pretrained("me/tiny-sfmp")' in card and hub.files["me/tiny-sfmp", "main"]["README.md"] == card
 
 
 def test_another_branch(hub, folder):

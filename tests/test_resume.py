@@ -201,7 +201,8 @@ def test_one_run_at_a_time(tmp_path):
 
 def _checkpoint(folder, text):
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(text)
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "sfmp"}}')
+    (folder / "card").write_text(text)
 
 
 def test_the_replaced_checkpoint_survives_between_the_renames(tmp_path, monkeypatch):
@@ -221,10 +222,10 @@ def test_the_replaced_checkpoint_survives_between_the_renames(tmp_path, monkeypa
     monkeypatch.undo()
     assert not out.exists()
     with workplace(out, {"a": "1"}, resume=True, overwrite=True) as (folder, finished):
-        assert not finished and (out / "config.json").read_text() == "old"
+        assert not finished and (out / "card").read_text() == "old"
         shutil.rmtree(folder / "made")
         _checkpoint(folder / "made", "new")
-    assert (out / "config.json").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "card").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_bad_input_leaves_no_work_but_what_was_there(tmp_path):
@@ -271,7 +272,7 @@ def test_whatever_ends_the_clearing_up_the_run_is_known_to_be_finished(tmp_path,
                 _checkpoint(folder / "made", "new")
         if not folder.exists():
             break
-        assert (out / "config.json").read_text() == "new"
+        assert (out / "card").read_text() == "new"
         if in_place(out):
             with workplace(out, {"a": "1"}, resume=True, overwrite=False) as (folder, finished):
                 assert finished and (folder / "plan.safetensors").read_text() == "plan.safetensors"

@@ -16,7 +16,8 @@ import sfmp.apply
 from sfmp import QuantSpec, fisher_salience, make_plan
 from sfmp.checkpoint import read_headers
 from sfmp.hf import quantized_layers
-from sfmp.inspection import bits_by_layer_table, bits_frame, read_checkpoint
+from sfmp.inspection import read_checkpoint
+from sfmp.layer_bits import bits_by_layer_table, bits_frame
 from sfmp.salience import SALIENCE_SOURCES
 from sfmp.scale_groups import find_groups, fold
 from sfmp.solvers import gptq
