@@ -71,10 +71,17 @@ def test_killed_again_and_again(place, whole, tmp_path, method, step):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def _environment():
+    """Of a process with as many threads as this one: resuming with another number is refused."""
+    import torch
+
+    return {**ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
 @pytest.mark.slow
 def test_a_run_killed_by_the_clock_goes_on(place, whole, tmp_path):
     arguments = _arguments(place, tmp_path / "out")
-    run = subprocess.Popen([sys.executable, "-m", "sfmp", *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    run = subprocess.Popen([sys.executable, "-m", "sfmp", *arguments], env=_environment(), stderr=subprocess.PIPE)
     while run.poll() is None and not list(work_folder(tmp_path / "out").glob("layer-*")):
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
@@ -288,7 +295,8 @@ def test_a_full_disk_is_one_error_and_the_work_is_kept(place, whole, tmp_path, b
     arguments = _arguments(place, tmp_path / "out", method="gptq")
     limited = (f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_allowed},) * 2); "
                "from sfmp.cli import main; sys.exit(main(sys.argv[1:]))")
-    done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True,
+                          env=_environment())
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "expected room to write, found a file larger than allowed" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists() and not list(work_folder(tmp_path / "out").glob(".*.tmp"))
