@@ -106,7 +106,8 @@ def _quantize(commands):
     spec.add_argument("--objective", choices=("paper", "measured"), default="paper", help="of the allocation (paper)")
     spec.add_argument("--scope", choices=("global", "layer", "matrix"), default="global", help="of the budget (global)")
     spec.add_argument("--reorder", choices=("both", "rows", "cols", "none"), default="both", help="what is sorted")
-    spec.add_argument("--skip", nargs="+", default=("lm_head",), metavar="NAME", help="matrices left alone (lm_head)")
+    spec.add_argument("--skip", nargs="+", default=("lm_head",), metavar="NAME",
+                      help="matrices left alone, by full or last name; name lm_head too beside others (lm_head)")
     spec.add_argument("--seed", type=int, default=0)
     data = one.add_argument_group("what to measure on")
     data.add_argument("--calibration", metavar="TEXT", default="python:calibration",
@@ -136,7 +137,7 @@ def _eval(commands):
     one.add_argument("--items", type=int, default=300, help="items of each of our tasks (300)")
     _machine(one)
     one.add_argument("--json", metavar="FILE", help="also write the results, as `sfmp push --results` takes them")
-    one.add_argument("--quiet", action="store_true", help="no progress bars")
+    one.add_argument("--quiet", action="store_true", help="no bars of ours (lm-eval, which runs tasks, has its own)")
 
 
 def _generate(commands):

@@ -83,6 +83,7 @@ def quantize_to_folder(source: str, folder, spec: QuantSpec, calibration: Calibr
     texts = data.load_text(calibration.text)
 
     def windows_for(model, tokenizer):
+        _check_skip(model, spec.skip)
         seqlen = window_length(model, calibration.seqlen, 512)
         return data.calibration_windows(texts, tokenizer, calibration.windows, seqlen, spec.seed)
 
@@ -97,6 +98,20 @@ def check_apart(source, folder) -> None:
     if model.is_dir() and (folder == model or folder in model.parents):
         raise SfmpError(f"{folder}: expected a folder apart from {source}, which is read, found one that holds it; "
                         "choose another")
+
+
+def _check_skip(model, skip):
+    """Raise SfmpError if a name of what is left alone fits no matrix; lm_head, the default, need not."""
+    from sfmp.checks import is_skipped
+    from sfmp.salience import linear_modules
+    from sfmp.unfuse import linears_exposed
+
+    with linears_exposed(model):
+        names = list(linear_modules(model, ()))
+    unused = [one for one in skip if one != "lm_head" and not any(is_skipped(name, (one,)) for name in names)]
+    if unused:
+        raise SfmpError(f"skip: expected the full or last name of a matrix, found {unused[0]!r}, which none has; the "
+                        f"first are {', '.join(names[:3])}; correct it")
 
 
 def _check_size(text):

@@ -83,6 +83,7 @@ WRONG = {
     "windows beyond the context": (["eval", "embedded", "--seqlen", "2000"], "at most the 512"),
     "windows of nothing": (["quantize", "embedded", "{out}", "--seqlen", "0"], "seqlen"),
     "size of files": (["quantize", "embedded", "{out}", "--max-shard-size", "many"], "such as 5GB"),
+    "left alone": (["quantize", "embedded", "{out}", "--skip", "lm_head", "down_prj"], "'down_prj', which none has"),
     "device without numbers": (["generate", "embedded", "x", "--device", "meta"], "--device cpu"),
 }
 
