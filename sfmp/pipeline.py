@@ -200,7 +200,6 @@ class _Request:
             assemble(stream, plan, work, tokenizer, origin=self.origin, max_shard_size=self.max_shard_size)
         return plan
 
-
     def plan(self, stream, windows, work, identity):
         """The plan, from the salience that is kept if there is one; keeps it otherwise."""
         from sfmp.compact_salience import load_problem, merged
@@ -212,6 +211,7 @@ class _Request:
         of_salience = identity_of_salience(identity, self.spec)
         plan = kept_plan(self.kept, self.spec, of_salience)
         if plan is not None:
+            plan.save(work / "plan.safetensors")  # a run that is killed at its very end is asked for it
             return plan
         plan = streamed_plan(stream, self.spec, windows, work, self.kind, self.progress)
         keep(merged(map(load_problem, sorted(work.glob("salience-*.safetensors")))), self.kept, of_salience)

@@ -41,6 +41,26 @@ def test_other_budgets_measure_nothing_again_and_give_the_same_bytes(source, kep
         assert (tmp_path / "kept" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
 
 
+def test_a_run_on_kept_salience_that_was_killed_at_its_very_end_is_found_finished(source, kept, tmp_path, monkeypatch):
+    from sfmp import resume
+
+    arguments = dict(device="cpu", kept_salience=kept / "salience")
+    with monkeypatch.context() as patch:
+        move = resume._move
+
+        def die(*given):
+            move(*given)
+            raise KeyboardInterrupt
+
+        patch.setattr(resume, "_move", die)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_to_folder(source, tmp_path / "out", SPEC, TEXT, **arguments)
+    assert resume.in_place(tmp_path / "out")
+    plan = quantize_to_folder(source, tmp_path / "out", SPEC, TEXT, resume=True, **arguments)
+    assert plan.hash == json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["plan_hash"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
 @pytest.mark.parametrize(("spec", "text", "message"), [
     (SPEC, dataclasses.replace(TEXT, windows=3), "calibration: expected .*, found "),
     (SPEC, dataclasses.replace(TEXT, salience="magnitude"), "salience: expected fisher, found magnitude"),
