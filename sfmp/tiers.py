@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shlex
 import sys
 from collections import Counter
@@ -44,7 +45,8 @@ def environment(design: Design) -> str:
 
 
 def _absolute(path):
-    return str(Path(path).expanduser().resolve()) if path else ""
+    # Symbolic links stay as they were given: on another node they may lead elsewhere.
+    return os.path.abspath(Path(path).expanduser()) if path else ""
 
 
 def local_files(design: Design, names: Iterable[str]) -> list[str]:
