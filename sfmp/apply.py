@@ -16,6 +16,7 @@ from collections import Counter
 import torch
 
 from sfmp.awq import SEARCH_TOKENS, search_layer
+from sfmp.heap import give_back
 from sfmp.linear import SFMPLinear
 from sfmp.pack import pack
 from sfmp.quantize import dequantize
@@ -118,6 +119,7 @@ class Job:
         if self.spec.method == "gptq" and stats is not None and stats.tokens == 0:
             warnings.warn(f"gptq: no calibration token reached {name}; rounded it to nearest", stacklevel=4)
             solver = rtn
+        give_back()
         try:
             quantized = solver(weight.to(torch.float32), stats, self.plan[name], self.spec)
         except SfmpError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from sfmp.heap import give_back
 from sfmp.quantize import column_chunks, decode, dequantize, encode, group_parameters, quantize, row_bits
 from sfmp.scale_groups import NO_CLIP, ScaleGroup, find_groups, fold
 from sfmp.solvers import Stats
@@ -68,6 +69,7 @@ def search_layer(layer, planned, batches, probe, index, spec, dtype, shared=froz
     for group in groups:
         if all(name in unreached for name in group.linears if name in planned):
             continue
+        give_back()
         ratio, scale = search_scale(layer, group, planned, seen, spec)
         for name in group.linears:
             if name in planned:
@@ -78,6 +80,7 @@ def search_layer(layer, planned, batches, probe, index, spec, dtype, shared=froz
     for name, matrix in planned.items():
         if name in seen.inputs and name.rpartition(".")[2] not in NO_CLIP:
             weight = layer.get_submodule(name).weight.detach()
+            give_back()
             stats[name].lower, stats[name].upper = search_clip(weight, seen.inputs[name], matrix, spec)
     return seen.outputs, stats, refused
 

@@ -10,10 +10,8 @@ Source: DESIGN.md section 7; METHOD.md section 3, items 7 and 8 (memory bounded 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import logging
-import sys
 from collections import Counter
 from collections.abc import Mapping
 
@@ -21,6 +19,7 @@ import torch
 from torch import nn
 
 from sfmp.checks import SfmpError
+from sfmp.heap import give_back
 from sfmp.salience import linear_modules
 from sfmp.unfuse import expose_linears, linears_exposed
 from sfmp.walk import capture, find_layers, is_chain, same
@@ -148,19 +147,7 @@ class LayerStream:
         for module, key, parameter in self._held:
             module._parameters[key] = parameter
         self._index, self._held, self._replaced = None, [], []
-        _give_back()
-
-
-@functools.cache
-def _trim():
-    """The function of glibc that returns freed memory to the system, None elsewhere."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-
-
-def _give_back():
-    """Return what a layer took: between small blocks that stay, glibc would keep about one matrix per layer."""
-    if _trim() is not None:
-        _trim()(0)
+        give_back()
 
 
 @contextlib.contextmanager

@@ -42,18 +42,21 @@ def conditions(bench: Mapping) -> pd.DataFrame:
         "commit": bench["commit"],
         **{name: bench["versions"].get(name) for name in ("python", "torch", "transformers")},
         "method": bench["method"], "calibration": f"{bench['windows']} windows of {bench['seqlen']} tokens",
+        "three sizes": f"medians of {bench['repeats']} processes",
         "whole run": f"{whole['size']}, vocabulary {whole['vocabulary']}, {whole['bpw']:g} bpw, {whole['method']}",
     }
     return pd.DataFrame({"what": list(named), "value": [str(value) for value in named.values()]})
 
 
 def sizes(bench: Mapping) -> pd.DataFrame:
-    """One row per model that was quantized: `size`, and in bytes `model`, `layer`, `imports`, `peak`, `above_imports`.
+    """One row per model that was quantized: `size`, and in bytes `model`, `layer`, `imports`, `peak` and others.
 
-    `imports` was resident before work began, so `above_imports` is what the work took.
+    `peak` is the median of several processes, `lowest` and `highest` theirs. `imports` was resident before work began,
+    so `above_imports` is what the work took.
     """
     table = pd.DataFrame(bench["sizes"])
-    return table.assign(above_imports=table.peak - table.imports)
+    return table.drop(columns="peaks").assign(lowest=table.peaks.map(min), highest=table.peaks.map(max),
+                                              above_imports=table.peak - table.imports)
 
 
 def depth(bench: Mapping) -> pd.DataFrame:

@@ -12,10 +12,11 @@ from sfmp.checks import SfmpError
 BENCH = {
     "kind": "memory", "date": "2026-01-01", "commit": "abc", "machine": {"cpu": "a processor", "memory_bytes": 8 << 30},
     "versions": {"python": "3.11", "torch": "2", "transformers": "5"}, "method": "awq", "windows": 8, "seqlen": 256,
+    "repeats": 3,
     "sizes": [{"size": "512x1376x4", "model": 31_000_000, "layer": 6_000_000, "imports": 300_000_000,
-               "peak": 380_000_000},
+               "peaks": [390_000_000, 380_000_000, 370_000_000], "peak": 380_000_000},
               {"size": "512x1376x16", "model": 97_000_000, "layer": 6_000_000, "imports": 300_000_000,
-               "peak": 390_000_000}],
+               "peaks": [390_000_000, 385_000_000, 400_000_000], "peak": 390_000_000}],
     "whole": {"size": "2048x5632x22", "vocabulary": 32000, "bpw": 3.0, "method": "awq", "windows": 8, "seqlen": 256,
               "model": 2_000_000_000, "layers_at_kill": 11, "layers_kept": True, "quantized": 1_010, "weights": 1_000,
               "bpw_stored": 3.2, "not_quantized": 610, "same": None,
@@ -31,7 +32,9 @@ def changed(**whole):
 
 
 def test_what_the_work_took_is_the_peak_without_the_libraries():
-    assert tables.sizes(BENCH).above_imports.tolist() == [80_000_000, 90_000_000]
+    found = tables.sizes(BENCH)
+    assert found.above_imports.tolist() == [80_000_000, 90_000_000]
+    assert found.lowest.tolist() == [370_000_000, 385_000_000] and found.highest.tolist() == [390_000_000, 400_000_000]
 
 
 @pytest.mark.parametrize(("peak", "within"), [(390_000_000, True), (392_000_001, False)])
@@ -78,6 +81,15 @@ def test_figure_has_every_size_and_step(tmp_path):
     assert [text.get_text() for text in left.get_yticklabels()] == ["512×1376×4", "512×1376×16"]
     assert [text.get_text() for text in right.get_yticklabels()] == ["create", "quantize, killed"]
     assert [bar.get_width() for bar in right.patches] == [4.0, 1.0]
+
+
+@pytest.mark.slow
+def test_peaks_of_several_processes():
+    from sfmp.bench.memory import measure
+
+    found = measure("64x128x2", windows=2, seqlen=32, method="rtn", repeats=2)
+    assert len(found["peaks"]) == 2 and min(found["peaks"]) > found["imports"] > 50e6
+    assert found["peak"] == sum(found["peaks"]) / 2 and found["layer"] < found["model"]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ Source: METHOD.md section 4, C2.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -67,19 +68,22 @@ def resident_peak() -> int:
     raise OSError("/proc/self/status: expected a line VmHWM, found none")
 
 
-def measure(size: str, windows: int = 8, seqlen: int = 256, method: str = "awq") -> dict:
-    """Return sizes and peak memory of one run, in bytes.
+def measure(size: str, windows: int = 8, seqlen: int = 256, method: str = "awq", repeats: int = 3) -> dict:
+    """Return sizes and peak memory of quantizing one model, in bytes.
 
     Parameters
     ----------
     size : str
         ``hidden x intermediate x layers``, written as in `SIZES`.
     windows, seqlen, method : of the quantization
+    repeats : int
+        The same run, in so many processes: where the allocator leaves holes is chance.
 
     Returns
     -------
     dict
-        ``model`` and ``layer`` (weights on disk), ``imports`` (peak before work began) and ``peak``.
+        ``model`` and ``layer`` (weights on disk), ``imports`` (peak before work began; median), all ``peaks`` and
+        their median ``peak``.
     """
     from safetensors import safe_open
 
@@ -89,13 +93,15 @@ def measure(size: str, windows: int = 8, seqlen: int = 256, method: str = "awq")
         options = {"--method": method, "--windows": windows, "--seqlen": seqlen, "--device": "cpu",
                    "--max-shard-size": "8MB"}
         listed = [str(part) for option in options.items() for part in option]
-        done = subprocess.run([sys.executable, "-c", _RUN, "quantize", str(folder), f"{place}/out", "--quiet", *listed],
-                              check=True, capture_output=True, text=True)
+        order = [sys.executable, "-c", _RUN, "quantize", str(folder)]
+        done = [subprocess.run([*order, f"{place}/out-{number}", "--quiet", *listed], check=True, capture_output=True,
+                               text=True) for number in range(repeats)]
         with safe_open(folder / "model.safetensors", framework="np") as file:
             numbers = {name: _count(file.get_slice(name).get_shape()) for name in file.keys()}
-    started, peak = map(int, done.stdout.split())
+    started, peaks = zip(*([int(part) for part in run.stdout.split()] for run in done), strict=True)
     layer = sum(count for name, count in numbers.items() if ".layers.0." in name)
-    return {"size": size, "model": 2 * sum(numbers.values()), "layer": 2 * layer, "imports": started, "peak": peak}
+    return {"size": size, "model": 2 * sum(numbers.values()), "layer": 2 * layer,
+            "imports": statistics.median(started), "peaks": peaks, "peak": statistics.median(peaks)}
 
 
 def _count(shape):
@@ -107,6 +113,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), metavar="SIZE",
                         help="hidden x intermediate x layers: these are quantized")
+    parser.add_argument("--repeats", type=int, default=3, help="of each of them; the median counts")
     parser.add_argument("--whole", default=WHOLE, metavar="SIZE",
                         help="this one goes from disk to generated text, killed once and resumed; none for no such run")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of the latter")
@@ -123,14 +130,15 @@ def run(options) -> int:
 
     found = {"kind": "memory", "date": time.strftime("%Y-%m-%d"), "machine": environment.hardware(),
              "versions": environment.versions(), **environment.git_state(), "method": options.method,
-             "windows": options.windows, "seqlen": options.seqlen, "sizes": [], "whole": None}
+             "windows": options.windows, "seqlen": options.seqlen, "repeats": options.repeats, "sizes": [],
+             "whole": None}
 
     def write():
         write_atomically(options.out, lambda temporary: temporary.write_text(json.dumps(found, indent=1) + "\n"))
 
     write()  # a file that cannot be written is said before anything is measured
     for size in options.sizes:
-        found["sizes"].append(measure(size, options.windows, options.seqlen, options.method))
+        found["sizes"].append(measure(size, options.windows, options.seqlen, options.method, options.repeats))
         write()
     if options.whole != "none":
         with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=".whole-") as place:
