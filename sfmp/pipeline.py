@@ -214,7 +214,11 @@ class _Request:
             plan.save(work / "plan.safetensors")  # a run that is killed at its very end is asked for it
             return plan
         plan = streamed_plan(stream, self.spec, windows, work, self.kind, self.progress)
-        keep(merged(map(load_problem, sorted(work.glob("salience-*.safetensors")))), self.kept, of_salience)
+        parts = sorted(work.glob("salience-*.safetensors"))
+        if not parts:  # a resumed run, whose plan came from such a folder
+            raise SfmpError(f"{self.kept}: expected the salience that this run was begun with, found no such folder; "
+                            "name the one it was, or leave --keep-salience out")
+        keep(merged(map(load_problem, parts)), self.kept, of_salience)
         return plan
 
 

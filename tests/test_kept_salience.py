@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from tiny_models import write
@@ -59,6 +60,20 @@ def test_a_run_on_kept_salience_that_was_killed_at_its_very_end_is_found_finishe
     plan = quantize_to_folder(source, tmp_path / "out", SPEC, TEXT, resume=True, **arguments)
     assert plan.hash == json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["plan_hash"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_resumed_run_whose_kept_salience_is_gone_says_so(source, kept, tmp_path, monkeypatch):
+    shutil.copytree(kept / "salience", tmp_path / "salience")
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_quantize, "assemble", never)
+        with pytest.raises(AssertionError):
+            quantize_to_folder(source, tmp_path / "out", SPEC, TEXT, device="cpu", kept_salience=tmp_path / "salience")
+    shutil.rmtree(tmp_path / "salience")
+    with pytest.raises(SfmpError, match="salience: expected the salience that this run was begun with"):
+        quantize_to_folder(source, tmp_path / "out", SPEC, TEXT, device="cpu", resume=True,
+                           kept_salience=tmp_path / "salience")
+    quantize_to_folder(source, tmp_path / "out", SPEC, TEXT, device="cpu", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(("spec", "text", "message"), [
