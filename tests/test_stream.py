@@ -298,17 +298,6 @@ def test_spread_loads_by_a_device_map(models, monkeypatch):
         assert torch.allclose(spread(ids).logits.cpu(), plain(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_peak_memory_does_not_grow_with_depth():
-    from sfmp.bench.memory import measure
-
-    few, many = (measure(f"512x1376x{layers}", windows=2, seqlen=64, method="rtn") for layers in (4, 16))
-    grown = many["model"] - few["model"]
-    assert grown == 12 * few["layer"] > 60e6
-    # The largest process has more modules to keep in mind, but neither the weights nor what is made of them.
-    assert many["peak"] - few["peak"] < 0.5 * grown
-
-
 @pytest.mark.parametrize("place", ["disk", "cpu"])
 def test_offloaded_weights_are_refused_with_what_to_do(models, tmp_path, place):
     """What ``device_map="auto"`` does with what no GPU holds; the advice is to go layer by layer."""
