@@ -23,7 +23,7 @@ def read_memory(path: Path | str) -> dict:
     """
     try:
         bench = json.loads(Path(path).read_text())
-        kind, whole = bench["kind"], bench["whole"]
+        kind, whole, _ = bench["kind"], bench["whole"], bench["repeats"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SfmpError(f"{path}: expected a result of `python -m sfmp.bench memory`, found {error!r}; measure again"
                         ) from error

@@ -66,7 +66,8 @@ def test_conditions_name_machine_and_settings():
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"kind": "cpu"}', json.dumps({**BENCH, "kind": "cpu"}),
-                                  json.dumps({**BENCH, "sizes": []}), json.dumps({**BENCH, "whole": None})])
+                                  json.dumps({**BENCH, "sizes": []}), json.dumps({**BENCH, "whole": None}),
+                                  json.dumps({key: value for key, value in BENCH.items() if key != "repeats"})])
 def test_another_file_is_refused(tmp_path, text):
     path = tmp_path / "memory.json"
     path.write_text(text)
