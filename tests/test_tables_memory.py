@@ -104,6 +104,17 @@ def test_a_model_goes_the_whole_way(tmp_path):
     assert tables.exact_bytes({"whole": whole}).equal.all()
 
 
+@pytest.mark.parametrize("option", ["--repeats", "--windows", "--seqlen"])
+def test_no_repeats_or_windows_are_refused(option, tmp_path, capsys):
+    from sfmp.bench.__main__ import main
+
+    with pytest.raises(SystemExit) as left:
+        main(["memory", "--out", str(tmp_path / "memory.json"), option, "0"])
+    assert left.value.code == 2
+    assert f"argument {option}: expected a number of at least 1, found '0'" in capsys.readouterr().err
+    assert not (tmp_path / "memory.json").exists()
+
+
 def test_a_step_that_fails_is_an_error():
     from sfmp.bench import whole_run
 

@@ -10,6 +10,7 @@ Source: METHOD.md section 4, C2.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -108,19 +109,25 @@ def _count(shape):
     return shape[0] * (shape[1] if len(shape) > 1 else 1)
 
 
+def _some(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text!r}")
+
+
 def add_arguments(parser) -> None:
     """Add the options of the command to an argparse parser."""
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), metavar="SIZE",
                         help="hidden x intermediate x layers: these are quantized")
-    parser.add_argument("--repeats", type=int, default=3, help="of each of them; the median counts")
+    parser.add_argument("--repeats", type=_some, default=3, help="of each of them; the median counts")
     parser.add_argument("--whole", default=WHOLE, metavar="SIZE",
                         help="this one goes from disk to generated text, killed once and resumed; none for no such run")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of the latter")
     parser.add_argument("--again", action="store_true", help="also quantize it without a break, and compare the bytes")
     parser.add_argument("--method", default="awq", choices=("awq", "gptq", "rtn"))
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--windows", type=_some, default=8)
+    parser.add_argument("--seqlen", type=_some, default=256)
 
 
 def run(options) -> int:
