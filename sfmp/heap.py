@@ -18,6 +18,6 @@ def _trim():
 
 
 def give_back() -> None:
-    """Return what was freed since the last call; worth its milliseconds before work that takes much at once."""
+    """Return the free pages of the heap: before work that takes much at once, or after what is large is gone."""
     if _trim() is not None:
         _trim()(0)

@@ -215,9 +215,9 @@ class _Request:
             return plan
         plan = streamed_plan(stream, self.spec, windows, work, self.kind, self.progress)
         parts = sorted(work.glob("salience-*.safetensors"))
-        if not parts:  # a resumed run, whose plan came from such a folder
-            raise SfmpError(f"{self.kept}: expected the salience that this run was begun with, found no such folder; "
-                            "name the one it was, or leave --keep-salience out")
+        if len(parts) < len(stream):  # a resumed run, whose plan came from such a folder
+            raise SfmpError(f"{self.kept}: expected the salience that this run's plan came from, found no such folder; "
+                            "name the one that it was begun with, or leave --keep-salience out")
         keep(merged(map(load_problem, parts)), self.kept, of_salience)
         return plan
 

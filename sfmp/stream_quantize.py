@@ -141,6 +141,7 @@ def quantize_range(stream: LayerStream, plan: Plan, layers: range, batches, fold
                     _save(_carry_file(folder, index + 1), {str(n): b.hidden for n, b in enumerate(batches)})
                 _save_layer(layer_file(folder, index), prefix, layer)
                 stream.finish()
+                del job, linears  # they hold the layer as it was, beside which the next would be read
             _carry_file(folder, index).unlink(missing_ok=True)
             for sentence in report["refused"][warned:]:
                 warnings.warn(f"awq: {sentence}", stacklevel=2)

@@ -23,7 +23,7 @@ def read_memory(path: Path | str) -> dict:
     """
     try:
         bench = json.loads(Path(path).read_text())
-        kind, whole, _ = bench["kind"], bench["whole"], bench["repeats"]
+        kind, whole = bench["kind"], bench["whole"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SfmpError(f"{path}: expected a result of `python -m sfmp.bench memory`, found {error!r}; measure again"
                         ) from error
@@ -31,6 +31,9 @@ def read_memory(path: Path | str) -> dict:
         raise SfmpError(f"{path}: expected several sizes and one whole run of `python -m sfmp.bench memory`, found the "
                         f"kind {kind!r}, {len(bench['sizes'])} sizes and "
                         f"{'no' if whole is None else 'a'} whole run; measure again without --sizes and --whole")
+    if "repeats" not in bench or "commit" not in whole:
+        raise SfmpError(f"{path}: expected repeats, and the commit of the whole run, found a file of an earlier form; "
+                        "measure again: `python -m sfmp.bench memory`")
     return bench
 
 
@@ -42,14 +45,17 @@ def conditions(bench: Mapping) -> pd.DataFrame:
         "commit": bench["commit"],
         **{name: bench["versions"].get(name) for name in ("python", "torch", "transformers")},
         "method": bench["method"], "calibration": f"{bench['windows']} windows of {bench['seqlen']} tokens",
-        "three sizes": f"medians of {bench['repeats']} processes",
-        "whole run": f"{whole['size']}, vocabulary {whole['vocabulary']}, {whole['bpw']:g} bpw, {whole['method']}",
+        "sizes": f"medians of {bench['repeats']} processes",
+        "whole run": f"{whole['size']}, vocabulary {whole['vocabulary']}, {whole['bpw']:g} bpw, {whole['method']}; "
+                     f"{whole['date']}, commit {whole['commit']}",
     }
     return pd.DataFrame({"what": list(named), "value": [str(value) for value in named.values()]})
 
 
 def sizes(bench: Mapping) -> pd.DataFrame:
-    """One row per model that was quantized: `size`, and in bytes `model`, `layer`, `imports`, `peak` and others.
+    """One row per model that was quantized, in bytes.
+
+    Columns `size`, `model`, `layer`, `imports`, `peak`, `lowest`, `highest`, `above_imports`.
 
     `peak` is the median of several processes, `lowest` and `highest` theirs. `imports` was resident before work began,
     so `above_imports` is what the work took.

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shlex
 import sys
 from collections import Counter
@@ -46,7 +45,7 @@ def environment(design: Design) -> str:
 
 def _absolute(path):
     # Symbolic links stay as they were given: on another node they may lead elsewhere.
-    return os.path.abspath(Path(path).expanduser()) if path else ""
+    return str(Path(path).expanduser().absolute()) if path else ""
 
 
 def local_files(design: Design, names: Iterable[str]) -> list[str]:

@@ -62,16 +62,27 @@ def test_a_run_on_kept_salience_that_was_killed_at_its_very_end_is_found_finishe
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_a_resumed_run_whose_kept_salience_is_gone_says_so(source, kept, tmp_path, monkeypatch):
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_resumed_run_whose_kept_salience_is_gone_says_so(source, kept, tmp_path, monkeypatch, measured):
     shutil.copytree(kept / "salience", tmp_path / "salience")
+    arguments = dict(device="cpu", kept_salience=tmp_path / "salience")
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(stream_quantize, "assemble", never)
-        with pytest.raises(AssertionError):
-            quantize_to_folder(source, tmp_path / "out", SPEC, TEXT, device="cpu", kept_salience=tmp_path / "salience")
+        if measured:  # a part of it, by a run that kept none
+            save = stream_quantize.save_problem
+            patch.setattr(stream_quantize, "save_problem", lambda *given: (save(*given), die()))
+            with pytest.raises(KeyboardInterrupt):
+                quantize_to_folder(source, tmp_path / "out", SPEC, TEXT, device="cpu")
+            assert len(list((tmp_path / ".out.work").glob("salience-*.safetensors"))) == 1
+        patch.setattr(stream_quantize, "assemble", die)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_to_folder(source, tmp_path / "out", SPEC, TEXT, resume=measured, **arguments)
     shutil.rmtree(tmp_path / "salience")
-    with pytest.raises(SfmpError, match="salience: expected the salience that this run was begun with"):
-        quantize_to_folder(source, tmp_path / "out", SPEC, TEXT, device="cpu", resume=True,
-                           kept_salience=tmp_path / "salience")
+    with pytest.raises(SfmpError, match="salience: expected the salience that this run's plan came from"):
+        quantize_to_folder(source, tmp_path / "out", SPEC, TEXT, resume=True, **arguments)
     quantize_to_folder(source, tmp_path / "out", SPEC, TEXT, device="cpu", resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -39,10 +39,8 @@ def test_texts_of_a_hub_model_are_the_local_copies(roots):
     assert data.load_text("dataset:wikitext2") == [text for text in rows if text.strip()]
 
 
-def test_copies_are_inputs_of_the_jobs_that_read_them(shared_data, tmp_path):
-    """So a manifest holds their checksums, and a changed copy reruns what was made from it. Links are not followed."""
-    (tmp_path / "link").symlink_to(shared_data)
-    shared_data = tmp_path / "link"
+def test_copies_are_inputs_of_the_jobs_that_read_them(shared_data):
+    """So a manifest holds their checksums, and a changed copy reruns what was made from it."""
     config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text("utf-8"))
     design = load_design({**config, "tier": "small", "data": {"root": str(shared_data)}}, ROOT / "config")
     rules = workflow.Rules(design)

@@ -2,11 +2,15 @@
 
 import copy
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 from sfmp import plots_memory
 from sfmp import tables_memory as tables
+from sfmp.bench import memory
+from sfmp.bench.__main__ import main as bench_command
 from sfmp.checks import SfmpError
 
 BENCH = {
@@ -17,7 +21,8 @@ BENCH = {
                "peaks": [390_000_000, 380_000_000, 370_000_000], "peak": 380_000_000},
               {"size": "512x1376x16", "model": 97_000_000, "layer": 6_000_000, "imports": 300_000_000,
                "peaks": [390_000_000, 385_000_000, 400_000_000], "peak": 390_000_000}],
-    "whole": {"size": "2048x5632x22", "vocabulary": 32000, "bpw": 3.0, "method": "awq", "windows": 8, "seqlen": 256,
+    "whole": {"date": "2026-01-02", "commit": "def",
+              "size": "2048x5632x22", "vocabulary": 32000, "bpw": 3.0, "method": "awq", "windows": 8, "seqlen": 256,
               "model": 2_000_000_000, "layers_at_kill": 11, "layers_kept": True, "quantized": 1_010, "weights": 1_000,
               "bpw_stored": 3.2, "not_quantized": 610, "same": None,
               "steps": [{"step": "create", "seconds": 9.5, "peak": 4_000_000_000},
@@ -62,17 +67,19 @@ def test_the_files_hold_what_the_bits_say_to_the_byte(payload, equal):
 def test_conditions_name_machine_and_settings():
     found = tables.conditions(BENCH).set_index("what").value
     assert found["processor"] == "a processor" and found["calibration"] == "8 windows of 256 tokens"
-    assert "vocabulary 32000" in found["whole run"]
+    assert "vocabulary 32000" in found["whole run"] and "2026-01-02, commit def" in found["whole run"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"kind": "cpu"}', json.dumps({**BENCH, "kind": "cpu"}),
                                   json.dumps({**BENCH, "sizes": []}), json.dumps({**BENCH, "whole": None}),
-                                  json.dumps({key: value for key, value in BENCH.items() if key != "repeats"})])
+                                  json.dumps({key: value for key, value in BENCH.items() if key != "repeats"}),
+                                  json.dumps({**BENCH, "whole": {"size": "2048x5632x22"}})])
 def test_another_file_is_refused(tmp_path, text):
     path = tmp_path / "memory.json"
     path.write_text(text)
-    with pytest.raises(SfmpError, match=r"memory\.json: expected .* `python -m sfmp.bench memory`, found"):
+    with pytest.raises(SfmpError, match=r"memory\.json: expected .* found .*measure again") as error:
         tables.read_memory(path)
+    assert "python -m sfmp.bench memory" in str(error.value)
 
 
 def test_figure_has_every_size_and_step(tmp_path):
@@ -84,13 +91,34 @@ def test_figure_has_every_size_and_step(tmp_path):
     assert [bar.get_width() for bar in right.patches] == [4.0, 1.0]
 
 
-@pytest.mark.slow
-def test_peaks_of_several_processes():
-    from sfmp.bench.memory import measure
+def test_the_median_of_several_processes_counts(monkeypatch):
+    real, told = subprocess.run, iter(["10 70", "30 20", "20 30"])
 
-    found = measure("64x128x2", windows=2, seqlen=32, method="rtn", repeats=2)
-    assert len(found["peaks"]) == 2 and min(found["peaks"]) > found["imports"] > 50e6
-    assert found["peak"] == sum(found["peaks"]) / 2 and found["layer"] < found["model"]
+    def run(order, **options):
+        return real(order, **options) if memory._MAKE in order else SimpleNamespace(stdout=next(told))
+
+    monkeypatch.setattr(memory.subprocess, "run", run)
+    found = memory.measure("64x128x2", windows=2, seqlen=32, repeats=3)
+    assert found["peaks"] == (70, 20, 30) and found["peak"] == 30 and found["imports"] == 20
+    assert found["layer"] == 2 * (2 * 64 * 64 + 2 * 64 * 64 + 3 * 64 * 128 + 2 * 64) < found["model"]
+
+
+@pytest.mark.slow
+def test_a_process_needs_more_than_its_imports():
+    found = memory.measure("64x128x2", windows=2, seqlen=32, method="rtn", repeats=1)
+    assert found["peak"] > found["imports"] > 50e6
+
+
+def test_a_whole_run_is_kept_with_its_own_commit(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "memory.json"
+    arguments = ["memory", "--out", str(path), "--sizes", "1x1x1", "--whole", "keep"]
+    assert bench_command(arguments) == 2 and not path.exists()
+    assert "memory.json: expected a file with a whole run to keep, found FileNotFound" in capsys.readouterr().err
+    path.write_text(json.dumps(BENCH))
+    monkeypatch.setattr(memory, "measure", lambda size, *_: BENCH["sizes"][0])
+    assert bench_command(arguments) == 0
+    found = json.loads(path.read_text())
+    assert found["whole"] == BENCH["whole"] and found["sizes"] == BENCH["sizes"][:1] and found["commit"] != "abc"
 
 
 @pytest.mark.slow
@@ -106,10 +134,8 @@ def test_a_model_goes_the_whole_way(tmp_path):
 
 @pytest.mark.parametrize("option", ["--repeats", "--windows", "--seqlen"])
 def test_no_repeats_or_windows_are_refused(option, tmp_path, capsys):
-    from sfmp.bench.__main__ import main
-
     with pytest.raises(SystemExit) as left:
-        main(["memory", "--out", str(tmp_path / "memory.json"), option, "0"])
+        bench_command(["memory", "--out", str(tmp_path / "memory.json"), option, "0"])
     assert left.value.code == 2
     assert f"argument {option}: expected a number of at least 1, found '0'" in capsys.readouterr().err
     assert not (tmp_path / "memory.json").exists()

@@ -99,6 +99,15 @@ def test_jobs_of_a_hub_tier_are_told_where_to_compute_and_read(tmp_path):
     assert rules.gpus(SimpleNamespace(model="qwen3-8b")) == 1
 
 
+def test_links_of_roots_are_not_followed(tmp_path):
+    """They may lead elsewhere on another node; `..` after one means what it means to the system."""
+    (tmp_path / "real" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "inner")
+    roots = {"data": str(tmp_path / "link"), "models": str(tmp_path / "link" / ".." / "models")}
+    told = tiers.environment(design_of("small", **{kind: {"root": root} for kind, root in roots.items()}))
+    assert all(f"={root} " in f"{told} " for root in roots.values())
+
+
 @pytest.mark.parametrize("tier", HUB)
 def test_a_tier_without_revisions_is_refused_and_with_them_is_not(tier, pinned):
     with pytest.raises(SfmpError, match=f"expected a revision of .*Qwen/.*sfmp pin --tier {tier}"):

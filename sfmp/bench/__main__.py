@@ -38,11 +38,11 @@ def main(arguments=None) -> int:
     options = parser.parse_args(given)
     if options.command == "kernels":
         return kernels.run(options)
-    if options.command == "memory":
-        return memory.run(options)
-    chosen = [part for part in cpu.parts(options.shapes, options.batches, options.models)
-              if part["part"] in options.parts]
     try:
+        if options.command == "memory":
+            return memory.run(options)
+        chosen = [part for part in cpu.parts(options.shapes, options.batches, options.models)
+                  if part["part"] in options.parts]
         result = cpu.measure(chosen, options.quick, options.threads, options.out)
     except SfmpError as error:
         print(error, file=sys.stderr)

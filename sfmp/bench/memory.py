@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sfmp.checks import write_atomically
+from sfmp.checks import SfmpError, write_atomically
 
 SIZES = ("512x1376x4", "512x1376x16", "1024x2752x8")  # hidden x intermediate x layers: depth alone, then width
 WHOLE, VOCABULARY = "2048x5632x22", 32000  # 1.1 billion weights
@@ -78,13 +78,13 @@ def measure(size: str, windows: int = 8, seqlen: int = 256, method: str = "awq",
         ``hidden x intermediate x layers``, written as in `SIZES`.
     windows, seqlen, method : of the quantization
     repeats : int
-        The same run, in so many processes: where the allocator leaves holes is chance.
+        The same run, in so many processes: the allocator leaves holes where chance has it.
 
     Returns
     -------
     dict
         ``model`` and ``layer`` (weights on disk), ``imports`` (peak before work began; median), all ``peaks`` and
-        their median ``peak``.
+        their median ``peak`` (the lower of two).
     """
     from safetensors import safe_open
 
@@ -102,14 +102,14 @@ def measure(size: str, windows: int = 8, seqlen: int = 256, method: str = "awq",
     started, peaks = zip(*([int(part) for part in run.stdout.split()] for run in done), strict=True)
     layer = sum(count for name, count in numbers.items() if ".layers.0." in name)
     return {"size": size, "model": 2 * sum(numbers.values()), "layer": 2 * layer,
-            "imports": statistics.median(started), "peaks": peaks, "peak": statistics.median(peaks)}
+            "imports": statistics.median_low(started), "peaks": peaks, "peak": statistics.median_low(peaks)}
 
 
 def _count(shape):
     return shape[0] * (shape[1] if len(shape) > 1 else 1)
 
 
-def _some(text: str) -> int:
+def _at_least_one(text: str) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text!r}")
@@ -120,14 +120,25 @@ def add_arguments(parser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), metavar="SIZE",
                         help="hidden x intermediate x layers: these are quantized")
-    parser.add_argument("--repeats", type=_some, default=3, help="of each of them; the median counts")
+    parser.add_argument("--repeats", type=_at_least_one, default=3, help="of each of them; the median counts")
     parser.add_argument("--whole", default=WHOLE, metavar="SIZE",
-                        help="this one goes from disk to generated text, killed once and resumed; none for no such run")
-    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of the latter")
+                        help="this one goes from disk to generated text, killed once and resumed; none for no such "
+                             "run, keep for the one that is in FILE already")
+    parser.add_argument("--vocabulary", type=_at_least_one, default=VOCABULARY, help="of the latter")
     parser.add_argument("--again", action="store_true", help="also quantize it without a break, and compare the bytes")
     parser.add_argument("--method", default="awq", choices=("awq", "gptq", "rtn"))
-    parser.add_argument("--windows", type=_some, default=8)
-    parser.add_argument("--seqlen", type=_some, default=256)
+    parser.add_argument("--windows", type=_at_least_one, default=8)
+    parser.add_argument("--seqlen", type=_at_least_one, default=256)
+
+
+def _whole_of(path):
+    """The whole run of an earlier file, with its own date and commit."""
+    try:
+        before = json.loads(path.read_text())
+        return {"date": before["date"], "commit": before["commit"], **before["whole"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SfmpError(f"{path}: expected a file with a whole run to keep, found {error!r}; leave --whole out to "
+                        "measure one") from error
 
 
 def run(options) -> int:
@@ -143,14 +154,17 @@ def run(options) -> int:
     def write():
         write_atomically(options.out, lambda temporary: temporary.write_text(json.dumps(found, indent=1) + "\n"))
 
+    if options.whole == "keep":
+        found["whole"] = _whole_of(options.out)
     write()  # a file that cannot be written is said before anything is measured
     for size in options.sizes:
         found["sizes"].append(measure(size, options.windows, options.seqlen, options.method, options.repeats))
         write()
-    if options.whole != "none":
+    if options.whole not in ("keep", "none"):
         with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=".whole-") as place:
-            found["whole"] = whole_run.measure(options.whole, options.vocabulary, place, method=options.method,
-                                               windows=options.windows, seqlen=options.seqlen, again=options.again)
+            whole = whole_run.measure(options.whole, options.vocabulary, place, method=options.method,
+                                      windows=options.windows, seqlen=options.seqlen, again=options.again)
+        found["whole"] = {"date": found["date"], "commit": found["commit"], **whole}
         write()
     print(f"written: {options.out}")
     return 0
