@@ -9,13 +9,13 @@ import pytest
 
 from sfmp import pipeline
 from sfmp.bench.memory import make_model, measure
-from sfmp.heap import _trim, give_back
+from sfmp.heap import _trim
 from sfmp.spec import QuantSpec
 from sfmp.stream import LayerStream
 
-
 HOLES = """
 import ctypes
+from pathlib import Path
 from sfmp.heap import give_back
 
 def resident():
@@ -37,7 +37,7 @@ print(before, resident())
 
 
 def bytes_in_use():
-    """Bytes of all blocks that malloc has given out, holes between them left out; None where it cannot tell."""
+    """Bytes of all blocks that malloc has given out, free ones between them left out; None where it cannot tell."""
     count = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if count is None:
         return None
