@@ -217,7 +217,7 @@ class _Request:
         parts = sorted(work.glob("salience-*.safetensors"))
         if len(parts) < len(stream):  # a resumed run, whose plan came from such a folder
             raise SfmpError(f"{self.kept}: expected the salience that this run's plan came from, found no such folder; "
-                            "name the one that it was begun with, or leave --keep-salience out")
+                            "name the one that the plan came from, or leave --keep-salience out")
         keep(merged(map(load_problem, parts)), self.kept, of_salience)
         return plan
 

@@ -141,8 +141,9 @@ def _memory(tables: Path) -> str:
     large = ", ".join(f"{row.step} {row.peak / 1e9:.2f} GB" for row in steps.itertuples() if row.step != "create")
     return (
         f"Memory of `sfmp quantize` ({told['method']}, {told['calibration']}, {told['date']}; "
-        f"[e5_memory](notebooks/e5_memory.ipynb)): {small}. A random Llama of {steps.model.iloc[0] / 1e9:.2f} GB, by "
-        f"process: {large}. Its checkpoint has {exact.payload:,} bytes of tensors; expected were {exact.expected:,}."
+        f"[e5_memory](notebooks/e5_memory.ipynb)): {small}. A random Llama of {steps.model.iloc[0] / 1e9:.2f} GB "
+        f"({told['whole run method']}, {told['whole run calibration']}, {told['whole run date']}), by process: "
+        f"{large}. Its checkpoint has {exact.payload:,} bytes of tensors; expected were {exact.expected:,}."
     )
 
 

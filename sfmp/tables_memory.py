@@ -25,15 +25,16 @@ def read_memory(path: Path | str) -> dict:
         bench = json.loads(Path(path).read_text())
         kind, whole = bench["kind"], bench["whole"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SfmpError(f"{path}: expected a result of `python -m sfmp.bench memory`, found {error!r}; measure again"
-                        ) from error
+        raise SfmpError(f"{path}: expected a result of `python -m sfmp.bench memory`, found {error!r}; measure again: "
+                        f"`python -m sfmp.bench memory --out {path}`") from error
     if kind != "memory" or not bench["sizes"] or whole is None:
         raise SfmpError(f"{path}: expected several sizes and one whole run of `python -m sfmp.bench memory`, found the "
                         f"kind {kind!r}, {len(bench['sizes'])} sizes and "
-                        f"{'no' if whole is None else 'a'} whole run; measure again without --sizes and --whole")
+                        f"{'no' if whole is None else 'a'} whole run; measure again without --sizes and --whole: "
+                        f"`python -m sfmp.bench memory --out {path}`")
     if "repeats" not in bench or "commit" not in whole:
         raise SfmpError(f"{path}: expected repeats, and the commit of the whole run, found a file of an earlier form; "
-                        "measure again: `python -m sfmp.bench memory`")
+                        f"measure the sizes again: `python -m sfmp.bench memory --out {path} --whole keep`")
     return bench
 
 
@@ -44,12 +45,17 @@ def conditions(bench: Mapping) -> pd.DataFrame:
         "processor": machine["cpu"], "memory": f"{machine['memory_bytes'] / 2**30:.0f} GB", "date": bench["date"],
         "commit": bench["commit"],
         **{name: bench["versions"].get(name) for name in ("python", "torch", "transformers")},
-        "method": bench["method"], "calibration": f"{bench['windows']} windows of {bench['seqlen']} tokens",
+        "method": bench["method"], "calibration": _calibration(bench),
         "sizes": f"medians of {bench['repeats']} processes",
-        "whole run": f"{whole['size']}, vocabulary {whole['vocabulary']}, {whole['bpw']:g} bpw, {whole['method']}; "
-                     f"{whole['date']}, commit {whole['commit']}",
+        "whole run": f"{whole['size']}, vocabulary {whole['vocabulary']}, {whole['bpw']:g} bpw",
+        "whole run method": whole["method"], "whole run calibration": _calibration(whole),
+        "whole run date": whole["date"], "whole run commit": whole["commit"],
     }
     return pd.DataFrame({"what": list(named), "value": [str(value) for value in named.values()]})
+
+
+def _calibration(run):
+    return f"{run['windows']} windows of {run['seqlen']} tokens"
 
 
 def sizes(bench: Mapping) -> pd.DataFrame:
@@ -69,7 +75,7 @@ def depth(bench: Mapping) -> pd.DataFrame:
     """One row: what more layers of one width added to the weights and to the peak, in bytes.
 
     A peak of "one layer and activations" would not grow. `allowed` is one layer in float32, `within` whether that
-    holds.
+    holds of the medians. `added_lowest` and `added_highest` are the smallest and largest differences of two processes.
     """
     by_width = {}
     for row in bench["sizes"]:
@@ -82,8 +88,10 @@ def depth(bench: Mapping) -> pd.DataFrame:
     found.sort(key=lambda pair: pair[0])
     (few, shallow), (many, deep) = found[0], found[-1]
     added, allowed = deep["peak"] - shallow["peak"], 2 * shallow["layer"]
+    lowest, highest = min(deep["peaks"]) - max(shallow["peaks"]), max(deep["peaks"]) - min(shallow["peaks"])
     return pd.DataFrame([{"shallow": shallow["size"], "deep": deep["size"], "added_layers": many - few,
-                          "added_weights": deep["model"] - shallow["model"], "added_peak": added, "allowed": allowed,
+                          "added_weights": deep["model"] - shallow["model"], "added_peak": added,
+                          "added_lowest": lowest, "added_highest": highest, "allowed": allowed,
                           "within": added <= allowed}])
 
 

@@ -2,27 +2,26 @@
 
 import copy
 import json
-import subprocess
-from types import SimpleNamespace
 
 import pytest
 
-from sfmp import plots_memory
+from sfmp import environment, plots_memory
 from sfmp import tables_memory as tables
 from sfmp.bench import memory
 from sfmp.bench.__main__ import main as bench_command
 from sfmp.checks import SfmpError
 
 BENCH = {
-    "kind": "memory", "date": "2026-01-01", "commit": "abc", "machine": {"cpu": "a processor", "memory_bytes": 8 << 30},
+    "kind": "memory", "date": "2026-01-01", "commit": "abc", "dirty": True,
+    "machine": {"cpu": "a processor", "memory_bytes": 8 << 30},
     "versions": {"python": "3.11", "torch": "2", "transformers": "5"}, "method": "awq", "windows": 8, "seqlen": 256,
     "repeats": 3,
     "sizes": [{"size": "512x1376x4", "model": 31_000_000, "layer": 6_000_000, "imports": 300_000_000,
                "peaks": [390_000_000, 380_000_000, 370_000_000], "peak": 380_000_000},
               {"size": "512x1376x16", "model": 97_000_000, "layer": 6_000_000, "imports": 300_000_000,
                "peaks": [390_000_000, 385_000_000, 400_000_000], "peak": 390_000_000}],
-    "whole": {"date": "2026-01-02", "commit": "def",
-              "size": "2048x5632x22", "vocabulary": 32000, "bpw": 3.0, "method": "awq", "windows": 8, "seqlen": 256,
+    "whole": {"date": "2026-01-02", "commit": "def", "dirty": False,
+              "size": "2048x5632x22", "vocabulary": 32000, "bpw": 3.0, "method": "rtn", "windows": 4, "seqlen": 128,
               "model": 2_000_000_000, "layers_at_kill": 11, "layers_kept": True, "quantized": 1_010, "weights": 1_000,
               "bpw_stored": 3.2, "not_quantized": 610, "same": None,
               "steps": [{"step": "create", "seconds": 9.5, "peak": 4_000_000_000},
@@ -49,6 +48,7 @@ def test_depth_may_take_one_layer_in_float32_more(peak, within):
     row, = tables.depth(bench).itertuples()
     assert (row.added_layers, row.added_weights, row.allowed) == (12, 66_000_000, 12_000_000)
     assert row.added_peak == peak - 380_000_000 and bool(row.within) is within
+    assert row.added_lowest == -5_000_000 and row.added_highest == 30_000_000
 
 
 def test_a_step_is_within_the_size_of_the_model_and_four_gigabytes():
@@ -67,7 +67,9 @@ def test_the_files_hold_what_the_bits_say_to_the_byte(payload, equal):
 def test_conditions_name_machine_and_settings():
     found = tables.conditions(BENCH).set_index("what").value
     assert found["processor"] == "a processor" and found["calibration"] == "8 windows of 256 tokens"
-    assert "vocabulary 32000" in found["whole run"] and "2026-01-02, commit def" in found["whole run"]
+    assert found["date"] == "2026-01-01" and found["commit"] == "abc" and "vocabulary 32000" in found["whole run"]
+    assert found["whole run date"] == "2026-01-02" and found["whole run commit"] == "def"
+    assert found["whole run calibration"] == "4 windows of 128 tokens" and found["whole run method"] == "rtn"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"kind": "cpu"}', json.dumps({**BENCH, "kind": "cpu"}),
@@ -79,7 +81,7 @@ def test_another_file_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(SfmpError, match=r"memory\.json: expected .* found .*measure again") as error:
         tables.read_memory(path)
-    assert "python -m sfmp.bench memory" in str(error.value)
+    assert f"`python -m sfmp.bench memory --out {path}" in str(error.value)
 
 
 def test_figure_has_every_size_and_step(tmp_path):
@@ -92,12 +94,8 @@ def test_figure_has_every_size_and_step(tmp_path):
 
 
 def test_the_median_of_several_processes_counts(monkeypatch):
-    real, told = subprocess.run, iter(["10 70", "30 20", "20 30"])
-
-    def run(order, **options):
-        return real(order, **options) if memory._MAKE in order else SimpleNamespace(stdout=next(told))
-
-    monkeypatch.setattr(memory.subprocess, "run", run)
+    real, told = memory._output, iter(["10 70", "30 20", "20 30"])
+    monkeypatch.setattr(memory, "_output", lambda order: real(order) if memory._MAKE in order else next(told))
     found = memory.measure("64x128x2", windows=2, seqlen=32, repeats=3)
     assert found["peaks"] == (70, 20, 30) and found["peak"] == 30 and found["imports"] == 20
     assert found["layer"] == 2 * (2 * 64 * 64 + 2 * 64 * 64 + 3 * 64 * 128 + 2 * 64) < found["model"]
@@ -109,16 +107,45 @@ def test_a_process_needs_more_than_its_imports():
     assert found["peak"] > found["imports"] > 50e6
 
 
-def test_a_whole_run_is_kept_with_its_own_commit(tmp_path, monkeypatch, capsys):
+def test_a_process_that_fails_is_an_error_with_its_last_lines(tmp_path, capsys):
     path = tmp_path / "memory.json"
-    arguments = ["memory", "--out", str(path), "--sizes", "1x1x1", "--whole", "keep"]
-    assert bench_command(arguments) == 2 and not path.exists()
-    assert "memory.json: expected a file with a whole run to keep, found FileNotFound" in capsys.readouterr().err
-    path.write_text(json.dumps(BENCH))
+    assert bench_command(["memory", "--out", str(path), "--sizes", "64x128", "--whole", "none"]) == 2
+    told = capsys.readouterr().err
+    assert "64x128: expected the process to end with 0, found 1" in told and "not enough values to unpack" in told
+
+
+def here(**changed):
+    """The file of `BENCH` as if it had been measured on this machine."""
+    return {**BENCH, "machine": environment.hardware(), "versions": environment.versions(), **changed}
+
+
+@pytest.mark.parametrize("dated", [True, False])
+def test_a_whole_run_is_kept_with_its_own_commit(tmp_path, monkeypatch, dated):
+    path = tmp_path / "memory.json"
+    undated = {key: value for key, value in BENCH["whole"].items() if key not in ("date", "commit", "dirty")}
+    path.write_text(json.dumps(here(whole=BENCH["whole"] if dated else undated)))
     monkeypatch.setattr(memory, "measure", lambda size, *_: BENCH["sizes"][0])
-    assert bench_command(arguments) == 0
+    assert bench_command(["memory", "--out", str(path), "--sizes", "1x1x1", "--whole", "keep"]) == 0
     found = json.loads(path.read_text())
-    assert found["whole"] == BENCH["whole"] and found["sizes"] == BENCH["sizes"][:1] and found["commit"] != "abc"
+    assert found["sizes"] == BENCH["sizes"][:1] and found["commit"] != "abc"
+    own = {} if dated else {"date": "2026-01-01", "commit": "abc", "dirty": True}
+    assert found["whole"] == {**BENCH["whole"], **own}
+
+
+@pytest.mark.parametrize(("before", "said"), [
+    (None, "FileNotFoundError"), ([], "TypeError"), ({"whole": None}, "none in it"),
+    ({"machine": {"cpu": "a processor"}}, "one of other machine {'cpu': 'a processor'}"),
+    ({"versions": {"torch": "2"}}, "one of other versions {'torch': '2'}"),
+])
+def test_a_whole_run_that_cannot_be_kept_is_refused(tmp_path, capsys, before, said):
+    path = tmp_path / "memory.json"
+    if before is not None:
+        path.write_text(json.dumps(here(**before) if before else before))
+    stood = path.read_bytes() if path.exists() else None
+    assert bench_command(["memory", "--out", str(path), "--sizes", "1x1x1", "--whole", "keep"]) == 2
+    told = capsys.readouterr().err
+    assert "memory.json: expected a file with a whole run to keep, found" in told and said in told
+    assert (path.read_bytes() if path.exists() else None) == stood
 
 
 @pytest.mark.slow
@@ -132,7 +159,7 @@ def test_a_model_goes_the_whole_way(tmp_path):
     assert tables.exact_bytes({"whole": whole}).equal.all()
 
 
-@pytest.mark.parametrize("option", ["--repeats", "--windows", "--seqlen"])
+@pytest.mark.parametrize("option", ["--repeats", "--windows", "--seqlen", "--vocabulary"])
 def test_no_repeats_or_windows_are_refused(option, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         bench_command(["memory", "--out", str(tmp_path / "memory.json"), option, "0"])

@@ -90,19 +90,28 @@ def measure(size: str, windows: int = 8, seqlen: int = 256, method: str = "awq",
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
-        subprocess.run([sys.executable, "-c", _MAKE, str(folder), size], check=True, capture_output=True)
+        _output([sys.executable, "-c", _MAKE, str(folder), size])
         options = {"--method": method, "--windows": windows, "--seqlen": seqlen, "--device": "cpu",
                    "--max-shard-size": "8MB"}
         listed = [str(part) for option in options.items() for part in option]
         order = [sys.executable, "-c", _RUN, "quantize", str(folder)]
-        done = [subprocess.run([*order, f"{place}/out-{number}", "--quiet", *listed], check=True, capture_output=True,
-                               text=True) for number in range(repeats)]
+        told = [_output([*order, f"{place}/out-{number}", "--quiet", *listed]) for number in range(repeats)]
         with safe_open(folder / "model.safetensors", framework="np") as file:
             numbers = {name: _count(file.get_slice(name).get_shape()) for name in file.keys()}
-    started, peaks = zip(*([int(part) for part in run.stdout.split()] for run in done), strict=True)
+    started, peaks = zip(*([int(part) for part in text.split()] for text in told), strict=True)
     layer = sum(count for name, count in numbers.items() if ".layers.0." in name)
     return {"size": size, "model": 2 * sum(numbers.values()), "layer": 2 * layer,
             "imports": statistics.median_low(started), "peaks": peaks, "peak": statistics.median_low(peaks)}
+
+
+def _output(command):
+    """Standard output of a process; one that fails is an error with its last lines."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise SfmpError(f"{' '.join(command[3:])}: expected the process to end with 0, found {done.returncode}; its "
+                        f"last lines say why:\n{last}")
+    return done.stdout
 
 
 def _count(shape):
@@ -131,14 +140,21 @@ def add_arguments(parser) -> None:
     parser.add_argument("--seqlen", type=_at_least_one, default=256)
 
 
-def _whole_of(path):
-    """The whole run of an earlier file, with its own date and commit."""
+def _whole_of(path, now):
+    """The whole run of an earlier file, with its own date and commit; it must be of this machine and its libraries."""
+    wanted, otherwise = f"{path}: expected a file with a whole run to keep, found", "leave --whole out to measure one"
     try:
         before = json.loads(path.read_text())
-        return {"date": before["date"], "commit": before["commit"], **before["whole"]}
+        whole = before["whole"]
+        other = [f"{part} {before[part]}" for part in ("machine", "versions") if before[part] != now[part]]
+        kept = whole and {"date": before["date"], "commit": before["commit"], "dirty": before["dirty"], **whole}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SfmpError(f"{path}: expected a file with a whole run to keep, found {error!r}; leave --whole out to "
-                        "measure one") from error
+        raise SfmpError(f"{wanted} {error!r}; {otherwise}") from error
+    if not whole:
+        raise SfmpError(f"{wanted} none in it; {otherwise}")
+    if other:
+        raise SfmpError(f"{wanted} one of other {' and '.join(other)}; {otherwise}")
+    return kept
 
 
 def run(options) -> int:
@@ -155,7 +171,7 @@ def run(options) -> int:
         write_atomically(options.out, lambda temporary: temporary.write_text(json.dumps(found, indent=1) + "\n"))
 
     if options.whole == "keep":
-        found["whole"] = _whole_of(options.out)
+        found["whole"] = _whole_of(options.out, found)
     write()  # a file that cannot be written is said before anything is measured
     for size in options.sizes:
         found["sizes"].append(measure(size, options.windows, options.seqlen, options.method, options.repeats))
@@ -164,7 +180,7 @@ def run(options) -> int:
         with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=".whole-") as place:
             whole = whole_run.measure(options.whole, options.vocabulary, place, method=options.method,
                                       windows=options.windows, seqlen=options.seqlen, again=options.again)
-        found["whole"] = {"date": found["date"], "commit": found["commit"], **whole}
+        found["whole"] = {"date": found["date"], "commit": found["commit"], "dirty": found["dirty"], **whole}
         write()
     print(f"written: {options.out}")
     return 0
