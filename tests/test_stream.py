@@ -3,19 +3,17 @@
 import dataclasses
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from families import FAMILIES, tiny
-from tiny_models import contents, text_file, write
+from tiny_models import contents, text_file, token_windows, write
 
 import sfmp.pipeline as pipeline
 from sfmp.allocate import make_plan, solve
-from sfmp.apply import quantize_model
 from sfmp.compact_salience import load_problem, merged
-from sfmp.model_source import load, load_placed, skeleton
+from sfmp.model_source import load, skeleton
 from sfmp.pipeline import Calibration, quantize_to_folder
-from sfmp.salience import SALIENCE_SOURCES, fisher_salience
+from sfmp.salience import fisher_salience
 from sfmp.spec import QuantSpec, SfmpError
 from sfmp.stages import load_tokenizer
 from sfmp.stream import NotStreamable, open_stream
@@ -25,10 +23,6 @@ from sfmp.unfuse import linears_exposed
 
 CPU = torch.device("cpu")
 SPEC = QuantSpec(bpw=4.0, group_size=32, block_rows=32)
-
-
-def _windows(count=3, length=40):
-    return torch.randint(0, 4096, (count, length), generator=torch.Generator().manual_seed(1))
 
 
 def _stream(folder, scratch, dtype="auto", skip=("lm_head",)):
@@ -58,7 +52,7 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("family, dtype", [("llama", "bfloat16"), ("llama", "float32"), ("neox", "float32"),
                                            ("gpt2", "float32"), ("mixtral", "float32")])
 def test_streamed_fisher_is_fisher(models, tmp_path, family, dtype):
-    stream, windows = _stream(models(family), tmp_path, dtype), _windows()
+    stream, windows = _stream(models(family), tmp_path, dtype), token_windows()
     stream.check(windows)
     found, order, readers = {}, [], set()
     for index, salience in fisher_by_layer(stream, windows, tmp_path):
@@ -78,7 +72,7 @@ def test_streamed_fisher_is_fisher(models, tmp_path, family, dtype):
 
 
 def test_one_layer_is_in_memory_and_gone_afterwards(models, tmp_path):
-    stream, windows = _stream(models("llama"), tmp_path), _windows()
+    stream, windows = _stream(models("llama"), tmp_path), token_windows()
     layers = [layer for _, layer in stream.layers]
     loaded, original = [], stream._load
 
@@ -100,7 +94,7 @@ def test_layers_read_from_disk_are_the_models(models, tmp_path):
     for family in ("llama", "mixtral", "gpt2"):
         stream = _stream(models(family), tmp_path)
         model, _ = load(str(models(family)), "auto", "cpu")
-        ids = _windows(1)
+        ids = token_windows(1)
         with torch.no_grad(), stream.running() as streamed, linears_exposed(model):
             assert torch.equal(streamed(ids).logits, model(ids).logits)
         expected = dict(model.named_parameters())
@@ -113,7 +107,7 @@ def test_layers_read_from_disk_are_the_models(models, tmp_path):
 
 def test_bad_windows_and_losses_are_named(models, tmp_path):
     stream = _stream(models("llama"), tmp_path)
-    stream.check(_windows())
+    stream.check(token_windows())
     with pytest.raises(SfmpError, match="at least one sample"):
         next(fisher_by_layer(stream, [], tmp_path))
     with pytest.raises(SfmpError, match="0..4095"):
@@ -121,7 +115,7 @@ def test_bad_windows_and_losses_are_named(models, tmp_path):
     with torch.no_grad():
         stream.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(SfmpError, match="loss of window 0: expected a finite"):
-        next(fisher_by_layer(stream, _windows(), tmp_path))
+        next(fisher_by_layer(stream, token_windows(), tmp_path))
 
 
 # ---- compact salience
@@ -130,7 +124,7 @@ def test_bad_windows_and_losses_are_named(models, tmp_path):
 @pytest.mark.parametrize("objective", ["paper", "measured"])
 def test_plan_of_layers_is_the_plan(models, tmp_path, objective):
     spec = dataclasses.replace(SPEC, objective=objective, shared_columns=True)
-    stream, windows = _stream(models("llama"), tmp_path), _windows()
+    stream, windows = _stream(models("llama"), tmp_path), token_windows()
     stream.check(windows)
     plan = streamed_plan(stream, spec, windows, tmp_path)
     model, _ = load(str(models("llama")), "auto", "cpu")
@@ -222,7 +216,7 @@ def test_what_cannot_be_streamed_says_why_and_is_quantized_in_memory(models, tmp
 
 def test_layers_that_depend_on_more_than_the_hidden_state_are_noticed(models, tmp_path):
     stream = _stream(models("llama"), tmp_path)
-    stream.check(_windows())
+    stream.check(token_windows())
     kept = []
 
     inner = stream.model.model
@@ -243,14 +237,14 @@ def test_layers_that_depend_on_more_than_the_hidden_state_are_noticed(models, tm
     for layer in inner.layers:
         layer.__class__ = Given
     with pytest.raises(NotStreamable, match="more than the hidden state"):
-        stream.check(_windows())
+        stream.check(token_windows())
 
 
 def test_layers_in_another_order_are_noticed(models, tmp_path):
     stream = _stream(models("llama"), tmp_path)
     stream.layers = stream.layers[::-1]
     with pytest.raises(NotStreamable, match="once each, in order"):
-        stream.check(_windows())
+        stream.check(token_windows())
 
 
 def test_shared_weights_are_noticed(models, tmp_path):
@@ -258,103 +252,3 @@ def test_shared_weights_are_noticed(models, tmp_path):
     empty.model.layers[2].mlp.up_proj.weight = empty.model.layers[0].mlp.up_proj.weight
     with pytest.raises(NotStreamable, match="share weights"):
         open_stream(str(models("llama")), empty, "auto", CPU, ("lm_head",), tmp_path)
-
-
-# ---- memory and placement
-
-
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-@pytest.mark.parametrize("place", [None, "cpu", "files"])
-def test_less_memory_gives_the_same_salience(models, tmp_path, family, place):
-    model, _ = load(str(models(family)), "float32", "cpu")
-    expected = fisher_salience(model, _windows())
-    where = tmp_path / "sums" if place == "files" else place
-    runs, layer = [], model.model.layers[1]
-    handle = layer.self_attn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
-    found = fisher_salience(model, _windows(), checkpointing=True, accumulate=where)
-    handle.remove()
-    assert len(runs) == 2 * len(_windows())  # forward, and again on the way back
-    assert set(found) == set(expected) and found.readers == expected.readers
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert "forward" not in vars(layer)
-    if place == "files":
-        files = sorted((tmp_path / "sums").iterdir())
-        assert sum(file.stat().st_size for file in files) == 4 * sum(value.numel() for value in expected.values())
-        first = next(iter(expected.values()))
-        assert np.array_equal(np.fromfile(files[0], np.float32), first.numpy().ravel())
-
-
-def test_spread_loads_by_a_device_map(models, monkeypatch):
-    import sfmp.stages
-
-    asked, original = [], sfmp.stages.load_model
-    monkeypatch.setattr(sfmp.stages, "load_model",
-                        lambda *args, **options: (asked.append(options), original(*args, **options))[1])
-    ids = _windows(1)
-    plain, _ = load(str(models("llama")), "float32", "cpu")
-    spread, _ = load(str(models("llama")), "float32", "spread")
-    assert asked == [{}, {"device_map": "auto", "offload_folder": None}]
-    with torch.no_grad():
-        assert torch.allclose(spread(ids).logits.cpu(), plain(ids).logits, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("place", ["disk", "cpu"])
-def test_offloaded_weights_are_refused_with_what_to_do(models, tmp_path, place):
-    """What ``device_map="auto"`` does with what no GPU holds; the advice is to go layer by layer."""
-    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
-    layers = {f"model.layers.{index}": place if index == 1 else "cpu" for index in range(3)}
-    model, _ = load_placed(str(models("llama")), "float32", CPU, parts | layers, tmp_path)
-    windows, full = _windows(), load(str(models("llama")), "float32", "cpu")[0]
-    expected = fisher_salience(full, windows)
-    if place == "cpu":
-        assert all(torch.equal(value, expected[name]) for name, value in fisher_salience(model, windows).items())
-        return
-    error = "expected every weight in memory, found 7 of 21 matrices offloaded .* model.layers.1.*one layer at a time"
-    for source in ("fisher", "magnitude", "activation"):
-        with pytest.raises(SfmpError, match=f"{source}_salience: {error}"):
-            SALIENCE_SOURCES[source](model, windows)
-    spec = dataclasses.replace(SPEC, method="rtn")
-    with pytest.raises(SfmpError, match=f"quantize_model: {error}"):
-        quantize_model(model, make_plan(expected, spec), windows)
-    with pytest.raises(SfmpError, match="measured.*offloaded"):
-        make_plan(expected, dataclasses.replace(spec, objective="measured"), model)
-    with torch.no_grad():  # it is left as it was, and runs
-        assert torch.allclose(model(windows).logits, full(windows).logits, rtol=1e-4, atol=1e-5)
-
-
-def test_a_model_larger_than_the_gpus_together_is_streamed(models, tmp_path, monkeypatch):
-    """No GPU here: a device map that leaves a layer on disk stands for one that does not fit."""
-    from sfmp import pipeline
-
-    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
-    layers = {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(3)}
-    source, calibration = str(models("llama")), pipeline.Calibration("python:calibration", 2, 16)
-    monkeypatch.setattr(pipeline, "load", lambda name, dtype, device: load_placed(name, dtype, CPU, parts | layers))
-    with pytest.warns(UserWarning, match="device spread: the GPUs do not hold all of the model"):
-        pipeline.quantize_to_folder(source, tmp_path / "spread", SPEC, calibration, device="spread")
-    pipeline.quantize_to_folder(source, tmp_path / "cpu", SPEC, calibration, device="cpu")
-    saved = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("spread", "cpu")]
-    assert saved[0] == saved[1]
-
-
-def test_a_spread_model_has_its_sums_on_the_cpu_and_the_same_bytes(models, tmp_path, monkeypatch):
-    from sfmp import pipeline
-
-    asked, original = [], SALIENCE_SOURCES["fisher"]
-    monkeypatch.setitem(SALIENCE_SOURCES, "fisher",
-                        lambda *args, **options: (asked.append(options), original(*args, **options))[1])
-    source, calibration = str(models("llama")), pipeline.Calibration("python:calibration", 2, 16)
-    for device in ("spread", "cpu"):
-        pipeline.quantize_to_folder(source, tmp_path / device, SPEC, calibration, device=device)
-    assert asked[0]["checkpointing"] and asked[0]["accumulate"] == "cpu" and len(asked) == 1
-    saved = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("spread", "cpu")]
-    assert saved[0] == saved[1]
-
-
-def test_sums_in_files_are_not_those_of_an_earlier_call(models, tmp_path):
-    model, _ = load(str(models("llama")), "float32", "cpu")
-    first = fisher_salience(model, _windows(), accumulate=tmp_path)
-    kept = {name: value.clone() for name, value in first.items()}
-    with pytest.raises(SfmpError, match="000000.float32: expected no sums of an earlier call"):
-        fisher_salience(model, _windows(), accumulate=tmp_path)
-    assert all(torch.equal(value, kept[name]) for name, value in first.items())

@@ -36,6 +36,11 @@ def write(folder, family="llama", dtype=torch.bfloat16, **options):
     return folder
 
 
+def token_windows(count=3, length=40):
+    """Random tokens [count, length] of the tokenizer."""
+    return torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(1))
+
+
 def text_file(folder):
     """Write a text for calibration; return its path."""
     path = folder / "text.txt"
