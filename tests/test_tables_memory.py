@@ -79,7 +79,7 @@ def test_conditions_name_machine_and_settings():
 def test_another_file_is_refused(tmp_path, text):
     path = tmp_path / "memory.json"
     path.write_text(text)
-    with pytest.raises(SfmpError, match=r"memory\.json: expected .* found .*measure again") as error:
+    with pytest.raises(SfmpError, match=r"memory\.json: expected .* found .* again") as error:
         tables.read_memory(path)
     assert f"`python -m sfmp.bench memory --out {path}" in str(error.value)
 
