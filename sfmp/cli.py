@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_quantize, _eval, _generate, _inspect, _convert, _push, _pin, _fetch):
         add(commands)
-    commands.add_parser("bench", add_help=False, help="measure kernels and decoding (python -m sfmp.bench)")
+    commands.add_parser("bench", add_help=False, help="measure kernels, decoding and memory (python -m sfmp.bench)")
     return root
 
 

@@ -32,7 +32,7 @@ def eval(options) -> None:
     from sfmp.scores import evaluate_model, save_results
 
     if options.json:
-        _check_writable(options.json)
+        check_writable(options.json)
     results = evaluate_model(options.model, options.text or ["python:evaluation"], seqlen=options.seqlen,
                              windows=options.windows, tasks=options.tasks, items=options.items, dtype=options.dtype,
                              device=options.device, progress=not options.quiet)
@@ -67,8 +67,12 @@ def inspect(options) -> None:
     from sfmp.inspection import read_checkpoint, summary
     from sfmp.layer_bits import bits_by_layer_table, bits_frame, save_picture
 
+    if options.picture:
+        check_writable(options.picture)
     checkpoint = read_checkpoint(options.out)
     found = summary(checkpoint)
+    if options.picture:
+        save_picture(checkpoint.matrices, options.picture)
     if options.json:
         print(json.dumps(found, indent=1))
     else:
@@ -79,8 +83,6 @@ def inspect(options) -> None:
             print(f"{part:>18}  {count:>15,} bytes")
         print()
         _print_made(found)
-    if options.picture:
-        save_picture(checkpoint.matrices, options.picture)
 
 
 def convert(options) -> None:
@@ -124,7 +126,7 @@ def fetch(options) -> None:
         print(path)
 
 
-def _check_writable(path):
+def check_writable(path) -> None:
     """Raise SfmpError if a result could not be written there, before it is computed."""
     from sfmp.disk import writing_to
 

@@ -20,6 +20,7 @@ import torch
 from sfmp.authors_format import AXES, PARTS, CodeLayout, code_axes, is_quantized, packed_matrix
 from sfmp.checkpoint import FORMAT_VERSION, describe, read_headers
 from sfmp.checks import SfmpError
+from sfmp.permissions import share_weights
 from sfmp.push import COMPANIONS
 from sfmp.spec import MatrixPlan, Plan, QuantSpec
 
@@ -95,6 +96,7 @@ def convert_checkpoint(source, folder, *, codes: str = "qweight", nibbles: str =
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             _copy_other_files(source, new)
             save_model_card(None, new)
+            share_weights(new)
             check_new(folder, overwrite)
             if folder.exists():
                 os.replace(folder, old)

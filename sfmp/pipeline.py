@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sfmp.checks import SfmpError, integer
 from sfmp.model_source import check_new, check_unquantized, chosen_device, load, skeleton, source_record, window_length
+from sfmp.permissions import share_weights
 from sfmp.spec import Plan, QuantSpec
 
 
@@ -89,7 +90,9 @@ def quantize_to_folder(source: str, folder, spec: QuantSpec, calibration: Calibr
 
     job = _Request(source, folder, spec, calibration.salience, dtype, device, origin, overwrite, max_shard_size, resume,
                    progress, windows_for, kept_salience)
-    return job.run()
+    plan = job.run()
+    share_weights(folder)
+    return plan
 
 
 def check_apart(source, folder) -> None:

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 
-from sfmp.checks import SfmpError
+from sfmp.checks import SfmpError, write_atomically
 
 COMPANIONS = (  # what goes with weights, by file name
     "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -36,7 +36,8 @@ def push_checkpoint(folder, repository: str, *, results: Sequence[Mapping] = (),
     Parameters
     ----------
     folder : path of a checkpoint that `sfmp.hf.save_checkpoint` wrote
-        Its card is written anew: with the name of the repository, and the results if any are given.
+        Its card is written anew: with the name of the repository, and the results if any are given. If nothing could
+        be uploaded it is as it was.
     repository : str
         ``owner/name``; made if it does not exist.
     results : sequence of mappings, optional
@@ -60,9 +61,6 @@ def push_checkpoint(folder, repository: str, *, results: Sequence[Mapping] = (),
     SfmpError
         The folder is no checkpoint, the name is malformed, or the Hub refuses (with its reason).
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
-
     from sfmp.card import folder_card, save_model_card
     from sfmp.inspection import read_checkpoint
 
@@ -71,12 +69,27 @@ def push_checkpoint(folder, repository: str, *, results: Sequence[Mapping] = (),
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise SfmpError(f"repository {repository!r}: expected OWNER/NAME, as on the Hub; correct it")
     card = folder / "README.md"
-    if results or not card.is_file() or _but_place(card.read_text("utf-8")) == _but_place(folder_card(folder)):
+    earlier = card.read_text("utf-8") if card.is_file() else None
+    if results or earlier is None or _but_place(earlier) == _but_place(folder_card(folder)):
         save_model_card(None, folder, results, repository)
+    try:
+        return _uploaded(folder, repository, private, revision, message, token, endpoint)
+    except BaseException:  # the card would name a repository that does not hold this
+        if earlier is None:
+            card.unlink()
+        else:
+            write_atomically(card, lambda temporary: temporary.write_text(earlier, "utf-8"))
+        raise
+
+
+def _uploaded(folder, repository, private, revision, message, token, endpoint):
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+
     taken = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
              and any(fnmatch(path.name, pattern) for pattern in (*_WEIGHTS, *COMPANIONS, *_CARD))]
     if left := sorted(path.name for path in folder.iterdir() if path.name not in taken):
-        warnings.warn(f"{folder}: not uploaded, because no part of a checkpoint: {', '.join(left)}", stacklevel=2)
+        warnings.warn(f"{folder}: not uploaded, because no part of a checkpoint: {', '.join(left)}", stacklevel=3)
     api = HfApi(endpoint=endpoint, token=token, library_name="sfmp")
     try:
         api.create_repo(repository, private=private, exist_ok=True)

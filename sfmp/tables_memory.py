@@ -23,18 +23,17 @@ def read_memory(path: Path | str) -> dict:
     """
     try:
         bench = json.loads(Path(path).read_text())
-        kind, whole = bench["kind"], bench["whole"]
+        kind, whole, count = bench["kind"], bench["whole"], len(bench["sizes"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SfmpError(f"{path}: expected a result of `python -m sfmp.bench memory`, found {error!r}; measure again: "
                         f"`python -m sfmp.bench memory --out {path}`") from error
-    if kind != "memory" or not bench["sizes"] or whole is None:
-        raise SfmpError(f"{path}: expected several sizes and one whole run of `python -m sfmp.bench memory`, found the "
-                        f"kind {kind!r}, {len(bench['sizes'])} sizes and "
-                        f"{'no' if whole is None else 'a'} whole run; measure again without --sizes and --whole: "
-                        f"`python -m sfmp.bench memory --out {path}`")
-    if "repeats" not in bench or "commit" not in whole:
-        raise SfmpError(f"{path}: expected repeats, and the commit of the whole run, found a file of an earlier form; "
-                        f"measure the sizes again: `python -m sfmp.bench memory --out {path} --whole keep`")
+    wanted = f"{path}: expected several sizes and one whole run of `python -m sfmp.bench memory`, found"
+    if kind != "memory" or not whole:
+        raise SfmpError(f"{wanted} the kind {kind!r}, {count} sizes and {'a' if whole else 'no'} whole run; measure "
+                        f"again: `python -m sfmp.bench memory --out {path}`")
+    if not count or "repeats" not in bench or "commit" not in whole:
+        raise SfmpError(f"{wanted} {count} sizes, perhaps of an earlier form without repeats and commits; measure them "
+                        f"again: `python -m sfmp.bench memory --out {path} --whole keep`")
     return bench
 
 
@@ -43,13 +42,14 @@ def conditions(bench: Mapping) -> pd.DataFrame:
     machine, whole = bench["machine"], bench["whole"]
     named = {
         "processor": machine["cpu"], "memory": f"{machine['memory_bytes'] / 2**30:.0f} GB", "date": bench["date"],
-        "commit": bench["commit"],
+        "commit": bench["commit"], "uncommitted changes": bench.get("dirty"),
         **{name: bench["versions"].get(name) for name in ("python", "torch", "transformers")},
         "method": bench["method"], "calibration": _calibration(bench),
         "sizes": f"medians of {bench['repeats']} processes",
         "whole run": f"{whole['size']}, vocabulary {whole['vocabulary']}, {whole['bpw']:g} bpw",
         "whole run method": whole["method"], "whole run calibration": _calibration(whole),
         "whole run date": whole["date"], "whole run commit": whole["commit"],
+        "whole run uncommitted changes": whole.get("dirty"),
     }
     return pd.DataFrame({"what": list(named), "value": [str(value) for value in named.values()]})
 

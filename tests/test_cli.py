@@ -116,6 +116,12 @@ def test_the_same_command_gives_the_same_bytes(made, tmp_path):
         assert (tmp_path / "b" / name).read_bytes() == (made[0] / name).read_bytes(), name
 
 
+def test_weights_are_as_readable_as_the_rest(made):
+    folder, _ = made
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert "model.safetensors" in modes and len(set(modes.values())) == 1, modes
+
+
 def test_quantize_equals_the_library(stories, tmp_path):
     from sfmp import data
     from sfmp.allocate import make_plan

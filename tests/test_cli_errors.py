@@ -76,6 +76,7 @@ WRONG = {
     "no checkpoint": (["inspect", "{here}"], "quantized by sfmp"),
     "no such task": (["eval", "embedded", "--tasks", "chess"], "chess"),
     "no such picture": (["inspect", "{made}", "--picture", "{here}/bits.doc"], "suffix"),
+    "no place for a picture": (["inspect", "{made}", "--picture", "{made}/config.json/bits.png"], "found a file"),
     "quantized twice": (["quantize", "{made}", "{out}"], "not quantized"),
     "too long a text": (["generate", "embedded", "x", "--tokens", "9999"], "at most 512"),
     "no authors' folder": (["convert", "{here}", "{out}"], "config.json"),

@@ -87,6 +87,11 @@ def test_other_tensors_and_files_are_copied_but_no_pickle(published, converted):
                                                            "tokenizer.json"}
 
 
+def test_weights_are_as_readable_as_the_rest(converted):
+    modes = {path.stat().st_mode & 0o777 for path in (converted / "config.json", *converted.glob("*.safetensors"))}
+    assert len(modes) == 1
+
+
 def test_config_says_what_the_bit_maps_show(converted):
     config = json.loads((converted / "config.json").read_text())["quantization_config"]
     checkpoint = read_checkpoint(converted)

@@ -120,8 +120,14 @@ def test_refusals_are_one_error_and_change_nothing(hub, folder, tmp_path):
     with pytest.raises(SfmpError, match="value"):
         push(hub, folder, results=[{"dataset": "x", "metric": "acc", "value": None}])
     assert not hub.files and not hub.objects
+    card = (folder / "README.md").read_bytes()
+    with pytest.raises(SfmpError, match="the network"):
+        push_checkpoint(folder, "me/tiny-sfmp", token=TOKEN, endpoint="http://127.0.0.1:9", results=RESULTS)
+    assert (folder / "README.md").read_bytes() == card  # it names no repository that was never made
+    (folder / "README.md").unlink()
     with pytest.raises(SfmpError, match="the network"):
         push_checkpoint(folder, "me/tiny-sfmp", token=TOKEN, endpoint="http://127.0.0.1:9")
+    assert not (folder / "README.md").exists()
     (folder / "README.md").write_text("---\n- no mapping\n---\n")
     with pytest.raises(SfmpError, match="card"):
         push(hub, folder)

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from sfmp import environment, plots_memory
+from sfmp import cli, environment, plots_memory
 from sfmp import tables_memory as tables
-from sfmp.bench import memory
+from sfmp.bench import memory, whole_run
 from sfmp.bench.__main__ import main as bench_command
 from sfmp.checks import SfmpError
 
@@ -70,18 +70,26 @@ def test_conditions_name_machine_and_settings():
     assert found["date"] == "2026-01-01" and found["commit"] == "abc" and "vocabulary 32000" in found["whole run"]
     assert found["whole run date"] == "2026-01-02" and found["whole run commit"] == "def"
     assert found["whole run calibration"] == "4 windows of 128 tokens" and found["whole run method"] == "rtn"
+    assert (found["uncommitted changes"], found["whole run uncommitted changes"]) == ("True", "False")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"kind": "cpu"}', json.dumps({**BENCH, "kind": "cpu"}),
-                                  json.dumps({**BENCH, "sizes": []}), json.dumps({**BENCH, "whole": None}),
-                                  json.dumps({key: value for key, value in BENCH.items() if key != "repeats"}),
-                                  json.dumps({**BENCH, "whole": {"size": "2048x5632x22"}})])
-def test_another_file_is_refused(tmp_path, text):
+NOTHING, SIZES = "", " --whole keep"  # what can be kept: a whole run is half an hour
+
+
+@pytest.mark.parametrize(("text", "kept"), [
+    ("", NOTHING), ("[]", NOTHING), ('{"kind": "cpu"}', NOTHING), ('{"kind": "cpu", "whole": null}', NOTHING),
+    ('{"kind": "memory", "whole": {}}', NOTHING), (json.dumps({**BENCH, "kind": "cpu"}), NOTHING),
+    (json.dumps({**BENCH, "whole": None}), NOTHING), (json.dumps({**BENCH, "whole": {}}), NOTHING),
+    (json.dumps({**BENCH, "sizes": []}), SIZES),
+    (json.dumps({key: value for key, value in BENCH.items() if key != "repeats"}), SIZES),
+    (json.dumps({**BENCH, "whole": {"size": "2048x5632x22"}}), SIZES),
+])
+def test_another_file_is_refused(tmp_path, text, kept):
     path = tmp_path / "memory.json"
     path.write_text(text)
-    with pytest.raises(SfmpError, match=r"memory\.json: expected .* found .* again") as error:
+    with pytest.raises(SfmpError, match=r"memory\.json: expected .* found .* again: ") as error:
         tables.read_memory(path)
-    assert f"`python -m sfmp.bench memory --out {path}" in str(error.value)
+    assert str(error.value).endswith(f"again: `python -m sfmp.bench memory --out {path}{kept}`")
 
 
 def test_figure_has_every_size_and_step(tmp_path):
@@ -94,9 +102,18 @@ def test_figure_has_every_size_and_step(tmp_path):
 
 
 def test_the_median_of_several_processes_counts(monkeypatch):
-    real, told = memory._output, iter(["10 70", "30 20", "20 30"])
-    monkeypatch.setattr(memory, "_output", lambda order: real(order) if memory._MAKE in order else next(told))
-    found = memory.measure("64x128x2", windows=2, seqlen=32, repeats=3)
+    real, told, orders = memory._output, iter(["10 70", "30 20", "20 30"]), []
+
+    def output(order):
+        if memory._MAKE in order:
+            return real(order)
+        orders.append(cli.parser().parse_args(order[3:]))
+        return next(told)
+
+    monkeypatch.setattr(memory, "_output", output)
+    found = memory.measure("64x128x2", windows=2, seqlen=32, method="gptq", repeats=3)
+    assert [(one.command, one.windows, one.seqlen, one.method) for one in orders] == [("quantize", 2, 32, "gptq")] * 3
+    assert len({one.out for one in orders}) == 3
     assert found["peaks"] == (70, 20, 30) and found["peak"] == 30 and found["imports"] == 20
     assert found["layer"] == 2 * (2 * 64 * 64 + 2 * 64 * 64 + 3 * 64 * 128 + 2 * 64) < found["model"]
 
@@ -107,11 +124,39 @@ def test_a_process_needs_more_than_its_imports():
     assert found["peak"] > found["imports"] > 50e6
 
 
-def test_a_process_that_fails_is_an_error_with_its_last_lines(tmp_path, capsys):
+@pytest.mark.parametrize(("code", "said"), [
+    ("import sys; sys.exit('no such thing')", "found 1; its last lines say why:\nno such thing"),
+    ("import os; os.kill(os.getpid(), 9)", "found -9; killed, perhaps for want of memory: choose a smaller size"),
+])
+def test_a_process_that_fails_says_why(tmp_path, monkeypatch, capsys, code, said):
+    monkeypatch.setattr(memory, "_MAKE", code)
     path = tmp_path / "memory.json"
-    assert bench_command(["memory", "--out", str(path), "--sizes", "64x128", "--whole", "none"]) == 2
-    told = capsys.readouterr().err
-    assert "64x128: expected the process to end with 0, found 1" in told and "not enough values to unpack" in told
+    path.write_text("an earlier result")
+    assert bench_command(["memory", "--out", str(path), "--sizes", "64x128x1", "--whole", "none"]) == 2
+    assert f"64x128x1: expected the process to end with 0, {said}" in capsys.readouterr().err
+    assert path.read_text() == "an earlier result"
+
+
+@pytest.mark.parametrize("dirty", [True, False])
+def test_what_is_measured_is_what_the_tables_read(tmp_path, monkeypatch, dirty):
+    asked = []
+
+    def whole(*given, **options):
+        assert json.loads((tmp_path / "memory.json.part").read_text())["sizes"]  # what was measured before it
+        asked.append((given[:2], options))
+        return {key: value for key, value in BENCH["whole"].items() if key not in ("date", "commit", "dirty")}
+
+    monkeypatch.setattr(memory, "measure", lambda size, *_: BENCH["sizes"][0] | {"size": size})
+    monkeypatch.setattr(whole_run, "measure", whole)
+    monkeypatch.setattr(environment, "git_state", lambda: {"commit": "123", "dirty": dirty})
+    path = tmp_path / "memory.json"
+    assert bench_command(["memory", "--out", str(path), "--whole", "128x256x4", "--vocabulary", "99", "--again",
+                          "--method", "gptq", "--windows", "3", "--seqlen", "33"]) == 0
+    assert asked == [(("128x256x4", 99), {"method": "gptq", "windows": 3, "seqlen": 33, "again": True})]
+    found = tables.read_memory(path)
+    assert tables.sizes(found)["size"].tolist() == list(memory.SIZES)
+    assert found["whole"]["commit"] == found["commit"] == "123" and found["whole"]["date"] == found["date"]
+    assert found["whole"]["dirty"] is dirty and [one.name for one in tmp_path.iterdir()] == ["memory.json"]
 
 
 def here(**changed):
@@ -125,7 +170,7 @@ def test_a_whole_run_is_kept_with_its_own_commit(tmp_path, monkeypatch, dated):
     undated = {key: value for key, value in BENCH["whole"].items() if key not in ("date", "commit", "dirty")}
     path.write_text(json.dumps(here(whole=BENCH["whole"] if dated else undated)))
     monkeypatch.setattr(memory, "measure", lambda size, *_: BENCH["sizes"][0])
-    assert bench_command(["memory", "--out", str(path), "--sizes", "1x1x1", "--whole", "keep"]) == 0
+    assert bench_command(["memory", "--out", str(path), "--sizes", "64x128x1", "--whole", "keep"]) == 0
     found = json.loads(path.read_text())
     assert found["sizes"] == BENCH["sizes"][:1] and found["commit"] != "abc"
     own = {} if dated else {"date": "2026-01-01", "commit": "abc", "dirty": True}
@@ -134,15 +179,16 @@ def test_a_whole_run_is_kept_with_its_own_commit(tmp_path, monkeypatch, dated):
 
 @pytest.mark.parametrize(("before", "said"), [
     (None, "FileNotFoundError"), ([], "TypeError"), ({"whole": None}, "none in it"),
-    ({"machine": {"cpu": "a processor"}}, "one of other machine {'cpu': 'a processor'}"),
-    ({"versions": {"torch": "2"}}, "one of other versions {'torch': '2'}"),
+    ({"machine": {"cpu": "a processor"}}, "one of cpu a processor (here "),
+    ({"versions": {"torch": "2"}}, "torch 2 (here "),
+    ({"machine": "a processor"}, "TypeError"),
 ])
 def test_a_whole_run_that_cannot_be_kept_is_refused(tmp_path, capsys, before, said):
     path = tmp_path / "memory.json"
     if before is not None:
         path.write_text(json.dumps(here(**before) if before else before))
     stood = path.read_bytes() if path.exists() else None
-    assert bench_command(["memory", "--out", str(path), "--sizes", "1x1x1", "--whole", "keep"]) == 2
+    assert bench_command(["memory", "--out", str(path), "--sizes", "64x128x1", "--whole", "keep"]) == 2
     told = capsys.readouterr().err
     assert "memory.json: expected a file with a whole run to keep, found" in told and said in told
     assert (path.read_bytes() if path.exists() else None) == stood
@@ -150,13 +196,26 @@ def test_a_whole_run_that_cannot_be_kept_is_refused(tmp_path, capsys, before, sa
 
 @pytest.mark.slow
 def test_a_model_goes_the_whole_way(tmp_path):
-    from sfmp.bench.whole_run import measure
-
-    whole = measure("128x256x32", 4096, tmp_path, method="rtn", windows=2, seqlen=32, tokens=2)
+    whole = whole_run.measure("128x256x32", 4096, tmp_path, method="rtn", windows=2, seqlen=32, tokens=2)
     assert [step["step"] for step in whole["steps"]] == ["create", "quantize, killed", "quantize, resumed", "generate"]
     assert min(step["peak"] for step in whole["steps"]) > 50e6
     assert 16 <= whole["layers_at_kill"] <= 32 and whole["layers_kept"] and whole["same"] is None
     assert tables.exact_bytes({"whole": whole}).equal.all()
+
+
+def test_a_place_where_nothing_can_be_written_is_said_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert bench_command(["memory", "--out", str(tmp_path / "file" / "memory.json")]) == 2
+    assert "memory.json: expected a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--sizes", "--whole"])
+@pytest.mark.parametrize("size", ["64x128", "64x128x0", "96x128x2", "64x128x2x2", "large"])
+def test_sizes_that_make_no_model_are_refused_before_anything_is_measured(option, size, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        bench_command(["memory", "--out", str(tmp_path / "memory.json"), option, size])
+    assert left.value.code == 2
+    assert "expected hidden x intermediate x layers with hidden a multiple of 64, such as" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--repeats", "--windows", "--seqlen", "--vocabulary"])
@@ -169,7 +228,5 @@ def test_no_repeats_or_windows_are_refused(option, tmp_path, capsys):
 
 
 def test_a_step_that_fails_is_an_error():
-    from sfmp.bench import whole_run
-
     with pytest.raises(SfmpError, match="expected it to end with 0, found 3"):
         whole_run._step("fails", ["python3", "-c", "raise SystemExit(3)"])

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -52,9 +55,10 @@ def make_model(folder, size, vocabulary: int | None = None) -> None:
     from sfmp.stages import load_tokenizer
 
     hidden, intermediate, layers = size
+    heads = hidden // 64
     tokenizer = load_tokenizer("embedded")
     config = LlamaConfig(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-                         num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 256),
+                         num_attention_heads=heads, num_key_value_heads=heads // 4 if heads % 4 == 0 else 1,
                          vocab_size=vocabulary or len(tokenizer), max_position_embeddings=2048)
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
@@ -108,9 +112,9 @@ def _output(command):
     """Standard output of a process; one that fails is an error with its last lines."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise SfmpError(f"{' '.join(command[3:])}: expected the process to end with 0, found {done.returncode}; its "
-                        f"last lines say why:\n{last}")
+        why = ("killed, perhaps for want of memory: choose a smaller size" if done.returncode == -signal.SIGKILL else
+               "\n".join(["its last lines say why:", *done.stderr.strip().splitlines()[-5:]]))
+        raise SfmpError(f"{' '.join(command[3:])}: expected the process to end with 0, found {done.returncode}; {why}")
     return done.stdout
 
 
@@ -124,13 +128,24 @@ def _at_least_one(text: str) -> int:
     raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text!r}")
 
 
+def _size(text: str) -> str:
+    if re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text) and int(text.split("x")[0]) % 64 == 0:
+        return text
+    raise argparse.ArgumentTypeError("expected hidden x intermediate x layers with hidden a multiple of 64, such as "
+                                     f"{SIZES[0]}, found {text!r}")
+
+
+def _whole(text: str) -> str:
+    return text if text in ("none", "keep") else _size(text)
+
+
 def add_arguments(parser) -> None:
     """Add the options of the command to an argparse parser."""
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--sizes", nargs="*", default=list(SIZES), metavar="SIZE",
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; FILE.part until all is measured")
+    parser.add_argument("--sizes", nargs="*", type=_size, default=list(SIZES), metavar="SIZE",
                         help="hidden x intermediate x layers: these are quantized")
     parser.add_argument("--repeats", type=_at_least_one, default=3, help="of each of them; the median counts")
-    parser.add_argument("--whole", default=WHOLE, metavar="SIZE",
+    parser.add_argument("--whole", type=_whole, default=WHOLE, metavar="SIZE",
                         help="this one goes from disk to generated text, killed once and resumed; none for no such "
                              "run, keep for the one that is in FILE already")
     parser.add_argument("--vocabulary", type=_at_least_one, default=VOCABULARY, help="of the latter")
@@ -146,14 +161,15 @@ def _whole_of(path, now):
     try:
         before = json.loads(path.read_text())
         whole = before["whole"]
-        other = [f"{part} {before[part]}" for part in ("machine", "versions") if before[part] != now[part]]
-        kept = whole and {"date": before["date"], "commit": before["commit"], "dirty": before["dirty"], **whole}
+        other = [f"{name} {before[part].get(name)} (here {now[part].get(name)})" for part in ("machine", "versions")
+                 for name in {**before[part], **now[part]} if before[part].get(name) != now[part].get(name)]
+        kept = whole and {"date": before["date"], "commit": before["commit"], "dirty": before.get("dirty"), **whole}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SfmpError(f"{wanted} {error!r}; {otherwise}") from error
     if not whole:
         raise SfmpError(f"{wanted} none in it; {otherwise}")
     if other:
-        raise SfmpError(f"{wanted} one of other {' and '.join(other)}; {otherwise}")
+        raise SfmpError(f"{wanted} one of {', '.join(other)}; run it as that was, or {otherwise}")
     return kept
 
 
@@ -161,18 +177,21 @@ def run(options) -> int:
     """Measure, and write one file; return 0."""
     from sfmp import environment
     from sfmp.bench import whole_run
+    from sfmp.commands import check_writable
 
+    check_writable(options.out)
     found = {"kind": "memory", "date": time.strftime("%Y-%m-%d"), "machine": environment.hardware(),
              "versions": environment.versions(), **environment.git_state(), "method": options.method,
              "windows": options.windows, "seqlen": options.seqlen, "repeats": options.repeats, "sizes": [],
              "whole": None}
 
+    part = options.out.with_name(f"{options.out.name}.part")  # an earlier result stays until all is measured
+
     def write():
-        write_atomically(options.out, lambda temporary: temporary.write_text(json.dumps(found, indent=1) + "\n"))
+        write_atomically(part, lambda temporary: temporary.write_text(json.dumps(found, indent=1) + "\n"))
 
     if options.whole == "keep":
         found["whole"] = _whole_of(options.out, found)
-    write()  # a file that cannot be written is said before anything is measured
     for size in options.sizes:
         found["sizes"].append(measure(size, options.windows, options.seqlen, options.method, options.repeats))
         write()
@@ -181,6 +200,7 @@ def run(options) -> int:
             whole = whole_run.measure(options.whole, options.vocabulary, place, method=options.method,
                                       windows=options.windows, seqlen=options.seqlen, again=options.again)
         found["whole"] = {"date": found["date"], "commit": found["commit"], "dirty": found["dirty"], **whole}
-        write()
+    write()
+    os.replace(part, options.out)
     print(f"written: {options.out}")
     return 0
