@@ -67,11 +67,10 @@ def inspect(options) -> None:
     from sfmp.inspection import read_checkpoint, summary
     from sfmp.layer_bits import bits_by_layer_table, bits_frame, save_picture
 
-    if options.picture:
-        check_writable(options.picture)
     checkpoint = read_checkpoint(options.out)
     found = summary(checkpoint)
     if options.picture:
+        check_writable(options.picture)
         save_picture(checkpoint.matrices, options.picture)
     if options.json:
         print(json.dumps(found, indent=1))

@@ -69,8 +69,8 @@ def push_checkpoint(folder, repository: str, *, results: Sequence[Mapping] = (),
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise SfmpError(f"repository {repository!r}: expected OWNER/NAME, as on the Hub; correct it")
     card = folder / "README.md"
-    earlier = card.read_text("utf-8") if card.is_file() else None
-    if results or earlier is None or _but_place(earlier) == _but_place(folder_card(folder)):
+    earlier = card.read_bytes() if card.is_file() else None
+    if results or earlier is None or _but_place(card.read_text("utf-8")) == _but_place(folder_card(folder)):
         save_model_card(None, folder, results, repository)
     try:
         return _uploaded(folder, repository, private, revision, message, token, endpoint)
@@ -78,7 +78,7 @@ def push_checkpoint(folder, repository: str, *, results: Sequence[Mapping] = (),
         if earlier is None:
             card.unlink()
         else:
-            write_atomically(card, lambda temporary: temporary.write_text(earlier, "utf-8"))
+            write_atomically(card, lambda temporary: temporary.write_bytes(earlier))
         raise
 
 

@@ -128,6 +128,11 @@ def test_refusals_are_one_error_and_change_nothing(hub, folder, tmp_path):
     with pytest.raises(SfmpError, match="the network"):
         push_checkpoint(folder, "me/tiny-sfmp", token=TOKEN, endpoint="http://127.0.0.1:9")
     assert not (folder / "README.md").exists()
+    own = b"---\r\nlicense: mit\r\n---\r\nmine\r\n"
+    (folder / "README.md").write_bytes(own)
+    with pytest.raises(SfmpError, match="the network"):
+        push_checkpoint(folder, "me/tiny-sfmp", token=TOKEN, endpoint="http://127.0.0.1:9")
+    assert (folder / "README.md").read_bytes() == own
     (folder / "README.md").write_text("---\n- no mapping\n---\n")
     with pytest.raises(SfmpError, match="card"):
         push(hub, folder)
