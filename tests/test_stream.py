@@ -172,7 +172,7 @@ def test_streamed_checkpoint_has_the_bytes_of_the_one_in_memory(both, method):
     assert streamed == in_memory
 
 
-@pytest.mark.parametrize("family", ["neox", "gpt2", "mixtral", "OPT", "Phi", "Gemma3", "Qwen3Moe", "GptOss"])
+@pytest.mark.parametrize("family", ["neox", "gpt2", "mixtral", *FAMILIES])
 def test_other_families_too(both, family):
     streamed, in_memory = both(family, SPEC)
     assert streamed == in_memory
